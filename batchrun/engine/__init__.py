@@ -1,0 +1,1 @@
+"""torch begins here: the model, its KV, attention over shared prefixes, sampling."""

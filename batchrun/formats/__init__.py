@@ -1,0 +1,1 @@
+"""Every byte on disk: what is read and written, and nothing else."""

@@ -1,0 +1,1 @@
+"""What to do before doing it: memory, lengths, order."""

@@ -1,0 +1,98 @@
+"""A step: everything a worker needs for one forward pass, and what it gives back.
+
+Shape letters: C chunks, T rows (tokens) of the step, S rows that sample, P prefix reads, G pages granted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Int32 = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixReads:
+    """Which rows read the KV of which shared prefix, in columns; entry j says: rows
+    `[first_row[j], first_row[j] + rows[j])` attend to all of the first `length[j]` tokens of the KV of sequence
+    `sequence[j]`. Rows are in forest order, so the readers of a prefix are always one range.
+
+    Attributes:
+        level: int32 `[P]`, depth of the prefix in the tree of shared prefixes, the root's being 0; entries of one
+            level have disjoint row ranges. Sorted by level, then by first row.
+        first_row, rows, sequence, length: int32 `[P]`.
+        position: int32 `[P]`, position (from the start of the prompt) of the first token of that KV.
+    """
+
+    level: Int32
+    first_row: Int32
+    rows: Int32
+    sequence: Int32
+    length: Int32
+    position: Int32
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One forward pass. It is complete: any worker can run it, and a log can replay it.
+
+    Chunks stand in forest order (depth first) of their sequences. Chunk c advances `sequence[c]` by `length[c]`
+    tokens from its own token `start[c]`; the rows of chunk c follow those of chunk c - 1. A chunk of length 1 that
+    samples is a decode; nobody asks which. A row sees all KV of the prefixes it reads (`prefix_reads`), then its
+    sequence's own tokens up to and including itself.
+
+    Attributes:
+        index: number of the step, from 0.
+        sequence: int32 `[C]`, slot of the sequence. Slots are small integers, used again once released.
+        request: int32 `[C]`, request of the sequence, or -1 for a shared prefix.
+        start: int32 `[C]`, the first of the sequence's own tokens that this chunk computes.
+        length: int32 `[C]`, at least 1.
+        depth: int32 `[C]`, tokens of shared prefixes before the sequence's own first token; the position of row k
+            of chunk c is `depth[c] + start[c] + k`.
+        samples: bool `[C]`, whether the last row of the chunk is sampled.
+        num_sampled: int32 `[C]`, tokens this request has sampled before this step (the counter of its random
+            numbers); 0 for shared prefixes.
+        token_ids: int32 `[T]`, the input of each row.
+        prefix_reads: which rows read which shared prefix.
+        releases: int32 `[*]`, slots whose pages all return to the pool, before anything else of this step.
+        grant_sequence, grant_page: int32 `[G]`, pages given to sequences, after the releases, each at the end of
+            its sequence's page list. KV of own token t of a sequence is in its page t // page_size.
+    """
+
+    index: int
+    sequence: Int32
+    request: Int32
+    start: Int32
+    length: Int32
+    depth: Int32
+    samples: npt.NDArray[np.bool_]
+    num_sampled: Int32
+    token_ids: Int32
+    prefix_reads: PrefixReads
+    releases: Int32
+    grant_sequence: Int32
+    grant_page: Int32
+
+    @property
+    def num_rows(self) -> int:
+        return self.token_ids.size
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What a worker gives back for a step, in the order of its sampling chunks.
+
+    Attributes:
+        token_ids: int32 `[S]`, the sampled tokens.
+        ended: bool `[S]`, whether the token ends the answer by itself (end of text or a stop token; it is then not
+            part of the answer).
+        seconds: time the step took on the device.
+        padded_rows: rows computed beyond those of the step.
+    """
+
+    token_ids: Int32
+    ended: npt.NDArray[np.bool_]
+    seconds: float
+    padded_rows: int = 0

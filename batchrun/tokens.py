@@ -1,0 +1,89 @@
+"""Token ids of a whole job in one flat table: 4 bytes a token, and a prompt is a span of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+
+class Span(NamedTuple):
+    """A half-open range of positions in a `TokenTable`."""
+
+    start: int
+    stop: int
+
+    @property
+    def length(self) -> int:
+        return self.stop - self.start
+
+
+class TokenTable:
+    """Prompts as rows of one flat int32 array.
+
+    Attributes:
+        ids: int32 `[total tokens]`, the rows one after another.
+        offsets: int64 `[rows + 1]`; row i is `ids[offsets[i]:offsets[i + 1]]`.
+    """
+
+    __slots__ = ("ids", "offsets")
+
+    def __init__(self, ids: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64]) -> None:
+        if offsets.ndim != 1 or offsets.size == 0 or int(offsets[-1]) != ids.size:
+            raise ValueError("offsets must start at 0 and end at the number of tokens")
+        self.ids = ids
+        self.offsets = offsets
+
+    @classmethod
+    def from_rows(cls, rows: Iterable[Iterable[int]]) -> TokenTable:
+        """Build a table from an iterable of token id sequences."""
+        builder = TokenTableBuilder()
+        for row in rows:
+            builder.append(np.fromiter(row, dtype=np.int32))
+        return builder.build()
+
+    def __len__(self) -> int:
+        return self.offsets.size - 1
+
+    def __getitem__(self, row: int) -> npt.NDArray[np.int32]:
+        """Row `row` as a view, int32 `[length]`."""
+        return self.ids[self.offsets[row] : self.offsets[row + 1]]
+
+    def span(self, row: int) -> Span:
+        """Where row `row` lies in `ids`."""
+        return Span(int(self.offsets[row]), int(self.offsets[row + 1]))
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each row, int64 `[rows]`."""
+        return np.diff(self.offsets)
+
+
+class TokenTableBuilder:
+    """Appends rows; doubles its buffer, so that building is linear in tokens."""
+
+    def __init__(self, capacity: int = 1 << 16) -> None:
+        self._ids = np.empty(capacity, dtype=np.int32)
+        self._size = 0
+        self._ends: list[int] = [0]
+
+    def append(self, row: npt.ArrayLike) -> None:
+        """Add one row of token ids."""
+        row = np.asarray(row, dtype=np.int32)
+        end = self._size + row.size
+        if end > self._ids.size:
+            grown = np.empty(max(end, 2 * self._ids.size), dtype=np.int32)
+            grown[: self._size] = self._ids[: self._size]
+            self._ids = grown
+        self._ids[self._size : end] = row
+        self._size = end
+        self._ends.append(end)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def build(self) -> TokenTable:
+        """The table of all rows so far; the builder gives its buffer away and must not be used again."""
+        return TokenTable(self._ids[: self._size], np.asarray(self._ends, dtype=np.int64))
