@@ -1,0 +1,119 @@
+"""The plan of a job: what is shared, in which order it runs, in how much memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from batchrun.errors import UsageError
+from batchrun.plan.lengths import FIRST_GUESS, OutputLengths
+from batchrun.plan.memory import MemoryBudget
+from batchrun.plan.order import ORDERS
+from batchrun.prefix.forest import PrefixForest
+from batchrun.prefix.groups import GROUPINGS, PrefixGroups, choose_groups
+from batchrun.request import Requests
+from batchrun.specs import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class PlanOptions:
+    """What of a plan the user may set.
+
+    Attributes:
+        schedule_order: a name in `plan.order.ORDERS`.
+        grouping: a name in `prefix.groups.GROUPINGS`.
+        step_tokens: rows of a step beyond which no prefill is added.
+        first_guess: expected tokens of an answer, until answers have been seen.
+        seed: of the `shuffle` order.
+    """
+
+    schedule_order: str
+    grouping: str
+    step_tokens: int
+    first_guess: int = FIRST_GUESS
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to do, before it is done; a value.
+
+    Attributes:
+        groups: the shared prefixes and who reads them.
+        order: int32 `[R]`, the requests in the order in which they are admitted.
+        budget: memory.
+        expected_new_tokens: int32 `[R]`.
+        options: as given.
+        prompt_logical: tokens of all prompts.
+        prompt_physical: tokens of the forest: every shared run once.
+        saving: 1 - physical / logical.
+    """
+
+    groups: PrefixGroups
+    order: npt.NDArray[np.int32]
+    budget: MemoryBudget
+    expected_new_tokens: npt.NDArray[np.int32]
+    options: PlanOptions
+    prompt_logical: int
+    prompt_physical: int
+    saving: float
+
+
+def merge_cost(model: ModelSpec) -> float:
+    """Cost of merging one partial attention result into one row, in units of the cost of computing one row.
+
+    A row costs two operations a weight. A merge touches each head's output a few times and is bound by memory, so
+    each element counts as eight operations.
+    """
+    return 8 * model.num_layers * model.num_heads * model.head_dim / (2 * model.linear_parameters)
+
+
+def make_plan(
+    requests: Requests, forest: PrefixForest, model: ModelSpec, budget: MemoryBudget, options: PlanOptions
+) -> Plan:
+    """Plan a job.
+
+    Raises:
+        UsageError: an unknown order or grouping.
+    """
+    for name, known, flag in (
+        (options.schedule_order, ORDERS, "schedule order"),
+        (options.grouping, GROUPINGS, "grouping"),
+    ):
+        if name not in known:
+            raise UsageError(f"there is no {flag} {name!r}", hint=f"choose one of: {', '.join(known)}")
+    expected = OutputLengths(requests, options.first_guess).expected()
+    groups = choose_groups(
+        forest,
+        requests.tokens,
+        grouping=options.grouping,
+        expected_new_tokens=expected,
+        merge_cost=merge_cost(model),
+    )
+    prompt = requests.tokens.lengths.astype(np.int32)
+    order = ORDERS[options.schedule_order](forest, groups, prompt, expected, options.seed)
+    return Plan(
+        groups=groups,
+        order=order,
+        budget=budget,
+        expected_new_tokens=expected,
+        options=options,
+        prompt_logical=forest.prompt_logical,
+        prompt_physical=forest.prompt_physical,
+        saving=forest.saving,
+    )
+
+
+def pages_needed(groups: PrefixGroups, requests: Requests, budget: MemoryBudget) -> npt.NDArray[np.int64]:
+    """Pages that each request takes when it runs alone to its limit, its prefixes included, int64 `[R]`."""
+    size = budget.page_size
+    own = requests.tokens.lengths - groups.request_depth + requests.max_new_tokens - 1
+    pages = -(-own // size)
+    if len(groups):
+        of_group = -(-groups.length // size)
+        path = groups.path
+        of_path = np.where(path >= 0, of_group[path], 0).sum(axis=1)
+        pages = pages + np.where(groups.request_group >= 0, of_path[groups.request_group], 0)
+    return pages

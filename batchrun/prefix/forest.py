@@ -1,0 +1,228 @@
+"""The prefix forest: every distinct token run of a job exactly once.
+
+A compact radix forest over whole prompts. A node is a run of tokens; a request ends at exactly one node, and may
+end inside what other requests go on from. Identical prompts meet in one node.
+
+Built by rounds over ranges of one permutation (a most-significant-digit radix sort that takes a whole run of
+tokens per round): in each round the requests of a range are sorted by their next token, and each part of two or
+more goes on as far as all of it agrees. All requests of a round are handled in one go by numpy; a token is compared
+at most once, so the work is linear in the tokens that are shared. The number of rounds is the height of the forest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from batchrun.tokens import TokenTable
+
+Int32 = npt.NDArray[np.int32]
+Int64 = npt.NDArray[np.int64]
+
+_WINDOW = 32  # tokens compared at once
+_BLOCK = 1 << 18  # requests compared at once: bounds the memory of a comparison
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixForest:
+    """Nodes in columns, numbered depth first (a parent before its children, children by their first token).
+
+    Shape letters: N nodes, R requests.
+
+    Attributes:
+        parent: int32 `[N]`, or -1 for a root.
+        start: int64 `[N]`, where the node's tokens begin in the job's `TokenTable.ids`.
+        length: int32 `[N]`, tokens of the node, at least 1.
+        depth: int32 `[N]`, tokens before the node.
+        level: int32 `[N]`, nodes above the node.
+        requests: int32 `[N]`, requests that end in the node or below it.
+        node: int32 `[R]`, the node at which each request ends.
+        order: int32 `[R]`, the requests in forest order (depth first); those below node n are
+            `order[first[n]:first[n] + requests[n]]`.
+        first: int32 `[N]`.
+        prompt_logical: sum of the lengths of all prompts.
+    """
+
+    parent: Int32
+    start: Int64
+    length: Int32
+    depth: Int32
+    level: Int32
+    requests: Int32
+    node: Int32
+    order: Int32
+    first: Int32
+    prompt_logical: int
+
+    def __len__(self) -> int:
+        return self.parent.size
+
+    @property
+    def prompt_physical(self) -> int:
+        """Tokens of the forest: what is left of the prompts when every shared run is counted once."""
+        return int(self.length.sum(dtype=np.int64))
+
+    @property
+    def saving(self) -> float:
+        """Share of prompt tokens that sharing can save: the reuse ceiling, in [0, 1)."""
+        return 1.0 - self.prompt_physical / self.prompt_logical if self.prompt_logical else 0.0
+
+
+def build_forest(tokens: TokenTable) -> PrefixForest:
+    """Build the forest of all prompts.
+
+    Args:
+        tokens: one prompt a row, none empty.
+
+    Raises:
+        ValueError: a prompt is empty.
+    """
+    ids, offsets = tokens.ids, tokens.offsets[:-1]
+    lengths = tokens.lengths
+    num_requests = lengths.size
+    if num_requests and int(lengths.min()) == 0:
+        raise ValueError(f"request {int(lengths.argmin())} has an empty prompt")
+
+    order = np.arange(num_requests, dtype=np.int32)
+    ends_at = np.full(num_requests, -1, dtype=np.int32)
+    made: list[tuple[np.ndarray, ...]] = []
+    made_count = 0
+
+    # The ranges of `order` still to split: [low, low + size), equal on their first `depth` tokens, below `node`.
+    low = np.zeros(min(num_requests, 1), dtype=np.int64)
+    size = np.full(low.size, num_requests, dtype=np.int64)
+    depth = np.zeros(low.size, dtype=np.int64)
+    node = np.full(low.size, -1, dtype=np.int32)
+
+    while low.size:
+        places = _concat_ranges(low, size)
+        of_range = np.repeat(np.arange(low.size), size)
+        members = order[places]
+        member_depth = depth[of_range]
+        more = lengths[members] > member_depth
+        digit = np.zeros(members.size, dtype=np.int64)  # 0: the request ends here; else its next token + 1
+        digit[more] = ids[offsets[members[more]] + member_depth[more]].astype(np.int64) + 1
+
+        key = (of_range.astype(np.int64) << 32) | digit
+        by_key = np.argsort(key, kind="stable")
+        members, key = members[by_key], key[by_key]
+        order[places] = members
+
+        part = np.flatnonzero(np.concatenate(([True], key[1:] != key[:-1])))
+        part_size = np.diff(np.append(part, key.size))
+        part_range = (key[part] >> 32).astype(np.int64)
+        goes_on = (key[part] & 0xFFFFFFFF) != 0
+        ends_here = np.repeat(~goes_on, part_size)
+        ends_at[members[ends_here]] = np.repeat(node[part_range], part_size)[ends_here]
+
+        part, part_size, part_range = part[goes_on], part_size[goes_on], part_range[goes_on]
+        part_depth = depth[part_range]
+        leader = members[part]
+        run = lengths[leader] - part_depth
+        shared = part_size > 1
+        run[shared] = _common_run(
+            ids, offsets, lengths, members, part[shared], part_size[shared], part_depth[shared]
+        )
+
+        numbers = np.arange(made_count, made_count + part.size, dtype=np.int32)
+        made_count += part.size
+        first = places[part]
+        made.append(
+            (
+                node[part_range],
+                offsets[leader] + part_depth,
+                run.astype(np.int32),
+                part_depth.astype(np.int32),
+                np.full(part.size, len(made), dtype=np.int32),
+                part_size.astype(np.int32),
+                first.astype(np.int32),
+            )
+        )
+        ends_at[leader[~shared]] = numbers[~shared]
+        low, size, depth, node = first[shared], part_size[shared], (part_depth + run)[shared], numbers[shared]
+
+    if not made:
+        empty32 = np.empty(0, dtype=np.int32)
+        return PrefixForest(
+            parent=empty32,
+            start=np.empty(0, dtype=np.int64),
+            length=empty32,
+            depth=empty32,
+            level=empty32,
+            requests=empty32,
+            node=empty32,
+            order=order,
+            first=empty32,
+            prompt_logical=0,
+        )
+    parent, start, length, node_depth, level, requests, first32 = (
+        np.concatenate(columns) for columns in zip(*made, strict=True)
+    )
+    # Depth first: by place in the order, an ancestor (less deep) before its descendants.
+    old = np.lexsort((node_depth, first32))
+    new = np.empty_like(old)
+    new[old] = np.arange(old.size)
+    parent = parent[old]
+    return PrefixForest(
+        parent=np.where(parent >= 0, new[parent], -1).astype(np.int32),
+        start=start[old],
+        length=length[old],
+        depth=node_depth[old],
+        level=level[old],
+        requests=requests[old],
+        node=new[ends_at].astype(np.int32),
+        order=order,
+        first=first32[old],
+        prompt_logical=int(lengths.sum()),
+    )
+
+
+def _concat_ranges(low: Int64, size: Int64) -> Int64:
+    """`[low[0], low[0] + 1, ..., low[1], ...]`: the given ranges one after another."""
+    ends = np.cumsum(size)
+    return np.arange(int(ends[-1])) + np.repeat(low - (ends - size), size)
+
+
+def _common_run(
+    ids: Int32, offsets: Int64, lengths: Int64, members: Int32, part: Int64, part_size: Int64, depth: Int64
+) -> Int64:
+    """How many tokens from `depth` on all members of each part have in common, int64 `[parts]`.
+
+    Every member is compared with the first of its part, a window of tokens at a time; a part leaves the comparison
+    as soon as one member differs.
+    """
+    run = np.zeros(part.size, dtype=np.int64)
+    if not part.size:
+        return run
+    in_parts = members[_concat_ranges(part, part_size)]
+    limit = np.minimum.reduceat(lengths[in_parts], np.cumsum(part_size) - part_size) - depth
+    active = np.arange(part.size)
+    while active.size:
+        width = np.minimum(limit[active] - run[active], _WINDOW)
+        agreed = width.copy()
+        # Blocks of parts so that the windows of all their members fit in bounded memory.
+        blocks = np.searchsorted(
+            np.cumsum(part_size[active]), np.arange(_BLOCK, int(part_size[active].sum()), _BLOCK)
+        )
+        for chosen in np.split(np.arange(active.size), np.unique(blocks)):
+            if not chosen.size:
+                continue
+            parts = active[chosen]
+            others = part_size[parts] - 1
+            place = _concat_ranges(part[parts] + 1, others)
+            of_part = np.repeat(np.arange(parts.size), others)
+            at = depth[parts] + run[parts]
+            lead = offsets[members[part[parts]]] + at
+            mine = offsets[members[place]] + at[of_part]
+            window = np.arange(_WINDOW)
+            lead_tokens = ids.take(lead[:, None] + window, mode="clip")
+            same = ids.take(mine[:, None] + window, mode="clip") == lead_tokens[of_part]
+            # argmin finds the first difference; a row without any gives the whole window.
+            differs = np.where(same.all(axis=1), _WINDOW, same.argmin(axis=1))
+            first_of_part = np.cumsum(others) - others
+            agreed[chosen] = np.minimum(width[chosen], np.minimum.reduceat(differs, first_of_part))
+        run[active] += agreed
+        active = active[(agreed == _WINDOW) & (run[active] < limit[active])]
+    return run
