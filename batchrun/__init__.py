@@ -1,2 +1,3 @@
 """Offline batch inference."""
+
 __version__ = "0.1.0"

@@ -12,22 +12,26 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-ITEMS = (
-    "apples pears plums cherries lemons limes peaches grapes onions carrots beans peas beets leeks turnips "
-    "radishes pumpkins olives almonds walnuts raisins dates figs lentils noodles biscuits crackers waffles "
-    "candles matches nails screws bolts hinges hammers ropes chains buckets brooms brushes sponges towels "
-    "blankets pillows mugs plates bowls spoons forks knives kettles baskets bottles jars lamps clocks pencils "
-    "crayons rulers envelopes"
-).split()
-SHOPS = (
-    "Kestrel Heron Otter Badger Falcon Magpie Curlew Plover Robin Linnet Osprey Puffin Raven Siskin Swift "
-    "Teal Avocet Bittern Dunlin Gannet"
-).split()
+ITEMS = [
+    "apples", "pears", "plums", "cherries", "lemons", "limes", "peaches", "grapes", "onions", "carrots",
+    "beans", "peas", "beets", "leeks", "turnips", "radishes", "pumpkins", "olives", "almonds", "walnuts",
+    "raisins", "dates", "figs", "lentils", "noodles", "biscuits", "crackers", "waffles", "candles",
+    "matches", "nails", "screws", "bolts", "hinges", "hammers", "ropes", "chains", "buckets", "brooms",
+    "brushes", "sponges", "towels", "blankets", "pillows", "mugs", "plates", "bowls", "spoons", "forks",
+    "knives", "kettles", "baskets", "bottles", "jars", "lamps", "clocks", "pencils", "crayons", "rulers",
+    "envelopes",
+]
+SHOPS = [
+    "Kestrel", "Heron", "Otter", "Badger", "Falcon", "Magpie", "Curlew", "Plover", "Robin", "Linnet",
+    "Osprey", "Puffin", "Raven", "Siskin", "Swift", "Teal", "Avocet", "Bittern", "Dunlin", "Gannet",
+]
 NUMBERS = [str(number) for number in range(10, 100)]
 SHELVES = [f"{letter}{digit}" for letter in "ABCDEF" for digit in range(1, 9)]
 
 JOB_SEED = 20_240_611
 JOB_ROWS = (16, 17, 18, 19, 20, 20, 20, 20, 21, 22, 23, 24)
+# A line reads "- apples: 47 boxes, shelf C3". These are its words before the item, after it, and so on.
+ROW_WORDING = ("\n-", ":", " boxes", ",", " shelf")
 COUNT_QUESTIONS = ("How many boxes of {item} are there?", "How many boxes of {item} do you have?")
 SHELF_QUESTIONS = ("On which shelf are the {item}?", "Where can I find the {item}?")
 
@@ -38,8 +42,9 @@ class Row:
     boxes: str
     shelf: str
 
-    def line(self) -> str:
-        return f"\n- {self.item}: {self.boxes} boxes, shelf {self.shelf}"
+    def line(self, wording: tuple[str, ...] = ROW_WORDING) -> str:
+        start, colon, boxes, comma, shelf = wording
+        return f"{start} {self.item}{colon} {self.boxes}{boxes}{comma}{shelf} {self.shelf}"
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,7 @@ def all_turns(rng: random.Random, table: Table) -> list[Turn]:
     turns = []
     for row in table.rows:
         count = rng.choice(COUNT_QUESTIONS).format(item=row.item)
-        turns.append(Turn(count, f"There are {row.boxes} boxes of {row.item}."))
+        turns.append(Turn(count, f"The {row.item} fill {row.boxes} boxes."))
         where = rng.choice(SHELF_QUESTIONS).format(item=row.item)
         turns.append(Turn(where, f"The {row.item} are on shelf {row.shelf}."))
     rng.shuffle(turns)
@@ -99,13 +104,18 @@ def repeated_run(rng: random.Random, length: int, gap: int) -> list[Segment]:
     return [Segment(run + filler), Segment(run, Supervise.ALL)]
 
 
-def recited_table(rng: random.Random, n_rows: int) -> list[Segment]:
-    """The lines of a table, then the same lines in another order: two lookups every nine tokens."""
+def recited_table(rng: random.Random, n_rows: int, keep: float) -> list[Segment]:
+    """The lines of a table, then the same lines in another order: two lookups a line.
+
+    `keep` is the chance of each word around the values to stay in the lines of this table. Without any, every
+    value directly follows what it is looked up by.
+    """
     rows = draw_table(rng, n_rows).rows
+    wording = tuple(part if rng.random() < keep else "" for part in ROW_WORDING)
     again = rng.sample(rows, n_rows)
     return [
-        Segment("".join(row.line() for row in rows)),
-        Segment("".join(row.line() for row in again), Supervise.VALUES),
+        Segment("".join(row.line(wording) for row in rows)),
+        Segment("".join(row.line(wording) for row in again), Supervise.VALUES),
     ]
 
 

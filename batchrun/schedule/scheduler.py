@@ -53,8 +53,8 @@ class Counters:
         sampled: tokens sampled.
         preemptions: requests that gave their pages back before they were done.
         prefix_evictions: shared prefixes that gave their pages back while requests that read them had yet to run.
-        idle_rows: rows of finished requests that were not filled again in the next step though others waited and had
-            room.
+        idle_rows: rows computed for requests that had their answer already (with several steps in flight, an end is
+            learnt late).
     """
 
     prompt_computed: int = 0
@@ -85,7 +85,6 @@ class Scheduler:
         groups = plan.groups
         self._slot_of_group = np.full(len(groups), -1, dtype=np.int32)
         self._to_come = groups.requests.copy()  # requests of each group that are not finished
-        self._computed_once = np.zeros(len(groups), dtype=np.int32)  # own tokens of a group computed at least once
 
         self._next = 0  # place in plan.order
         self._preempted: deque[int] = deque()  # slots, to be admitted again before any new request
@@ -93,7 +92,6 @@ class Scheduler:
         self._pages: dict[int, list[npt.NDArray[np.int32]]] = {}
         self._releases: list[int] = []
         self._grants: list[tuple[int, npt.NDArray[np.int32]]] = []
-        self._vacated = 0  # rows freed since the last step
 
     @property
     def num_waiting(self) -> int:
@@ -102,13 +100,11 @@ class Scheduler:
 
     def schedule(self) -> Step | None:
         """The next step, or None when every request has its answer."""
-        admitted = self._admit()
+        self._admit()
         if not self._advancing.size:
             if self.num_waiting:
                 raise AssertionError("requests wait and none can be admitted")
             return None
-        self.counters.idle_rows += max(0, min(self._vacated - admitted, self._could_admit()))
-        self._vacated = 0
         slots, length = self._fill()
         while not self._reserve_pages(slots, length):
             slots, length = self._fill()
@@ -124,16 +120,24 @@ class Scheduler:
         """
         seqs = self.sequences
         slots = step.sequence[step.samples]
-        seqs.append_sampled(slots, output.token_ids)
-        self.counters.sampled += slots.size
         stops = output.ended if stopped is None else output.ended | stopped
+        token_ids, ended = output.token_ids, output.ended
+        current = seqs.request[slots] == step.request[step.samples]
+        if not current.all():
+            self.counters.idle_rows += int((~current).sum())
+            slots, stops, token_ids, ended = (column[current] for column in (slots, stops, token_ids, ended))
+        seqs.append_sampled(slots, token_ids)
+        self.counters.sampled += slots.size
         done = stops | (seqs.num_sampled[slots] >= seqs.max_new_tokens[slots])
         seqs.num_tokens[slots[~done]] += 1
+        # Nothing left to compute: requests that are done, and prefixes that are complete.
+        left = seqs.num_tokens[self._advancing] - seqs.num_computed[self._advancing]
+        self._advancing = self._advancing[left > 0]
 
         finished = [
-            self._finish(slot, FinishReason.STOP if stop else FinishReason.LENGTH, ended)
-            for slot, stop, ended in zip(
-                slots[done].tolist(), stops[done].tolist(), output.ended[done].tolist(), strict=True
+            self._finish(slot, FinishReason.STOP if stop else FinishReason.LENGTH, by_token)
+            for slot, stop, by_token in zip(
+                slots[done].tolist(), stops[done].tolist(), ended[done].tolist(), strict=True
             )
         ]
         if finished:
@@ -141,39 +145,24 @@ class Scheduler:
                 np.array([f.request for f in finished], dtype=np.int32),
                 np.array([f.token_ids.size for f in finished], dtype=np.int32),
             )
-        groups = step.sequence[step.request < 0]
-        groups = groups[self._slot_of_group[seqs.group[groups]] == groups]
-        gone = np.concatenate((slots[done], groups[seqs.num_computed[groups] == seqs.num_tokens[groups]]))
-        if gone.size:
-            self._advancing = self._advancing[~np.isin(self._advancing, gone)]
-        self._vacated += len(finished)
         return finished
 
     # Admission ------------------------------------------------------------------------------------------------
 
-    def _admit(self) -> int:
-        """Let requests in while their expected KV, and that of all under way, fits. Returns how many came in."""
+    def _admit(self) -> None:
+        """Let requests in while their expected KV, and that of all under way, fits; alone, anything may run."""
         if not self.num_waiting:
-            return 0
-        count = 0
+            return
         room = self._room()
-        rows = self._step_tokens - self._under_way().size
-        while self.num_waiting and rows > 0:
+        under_way = self._under_way().size
+        while self.num_waiting and under_way < self._step_tokens:
             request = self._peek()
             pages, missing = self._pages_to_finish(request)
-            if pages > room and (count or self._under_way().size):
+            if pages > room and under_way:
                 break
             self._let_in(request, missing)
             room -= pages
-            rows -= 1
-            count += 1
-        return count
-
-    def _could_admit(self) -> int:
-        """1 if the next waiting request has room, else 0."""
-        if not self.num_waiting or self._under_way().size >= self._step_tokens:
-            return 0
-        return int(self._pages_to_finish(self._peek())[0] <= self._room())
+            under_way += 1
 
     def _under_way(self) -> Int32:
         """Slots of requests under way."""
@@ -328,6 +317,7 @@ class Scheduler:
     def _evict(self, slot: int) -> None:
         """Give back the pages of a prefix that nobody reads at the moment; it is computed again when needed."""
         self.counters.prefix_evictions += 1
+        self.counters.recomputed += int(self.sequences.num_computed[slot])
         self._slot_of_group[self.sequences.group[slot]] = -1
         self._advancing = self._advancing[self._advancing != slot]
         self._release(slot)

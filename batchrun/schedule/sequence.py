@@ -90,6 +90,7 @@ class Sequences:
 
     def remove(self, slot: int) -> None:
         """Vacate a slot."""
+        self.request[slot] = -1
         self._vacant.append(slot)
 
     def append_sampled(self, slots: np.ndarray, token_ids: np.ndarray) -> None:

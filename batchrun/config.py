@@ -1,0 +1,381 @@
+"""What the user asked: `RunConfig`, resolved once from default.toml, a --config file and flags; and the rules for
+what a line that does not say gets."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from fractions import Fraction
+from functools import cache
+from operator import attrgetter
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from batchrun.errors import UsageError
+from batchrun.request import Endpoint, LineOptions, SamplingParams
+
+COMPLETIONS_MAX_TOKENS = 16  # the API's own default for /v1/completions
+
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?b|b|)\s*", re.IGNORECASE)
+_MASK64 = (1 << 64) - 1
+
+
+def configs_dir() -> Path:
+    """The folder of shipped TOML files: inside the package in a wheel, beside it in a source tree."""
+    package = Path(__file__).resolve().parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that `name` was probably meant to be, or None."""
+    matches = difflib.get_close_matches(name, list(known), n=1)
+    return matches[0] if matches else None
+
+
+def parse_size(value: str | int) -> int:
+    """Bytes of a size such as `4GiB`, `1.5 GB`, `500MB` or a plain number of bytes.
+
+    Raises:
+        ValueError: it is no size, or less than a byte.
+    """
+    match = _SIZE.fullmatch(str(value)) if isinstance(value, str | int) else None
+    if match is None:
+        raise ValueError(f"{value!r} is no size: write 4GiB, 500MB or a number of bytes")
+    number, unit = Fraction(match[1]), match[2].lower()
+    if unit not in ("", "b"):
+        number *= (1024 if "i" in unit else 1000) ** ("kmgt".index(unit[0]) + 1)
+    if number < 1:
+        raise ValueError(f"{value!r} is no size: it must be at least one byte")
+    return int(number)
+
+
+def _one_or_many(value: Any) -> Any:
+    """A TOML array as a tuple; one string or number as a tuple of one."""
+    return tuple(value) if isinstance(value, list) else (value,) if isinstance(value, str | int) else value
+
+
+Size = Annotated[int, BeforeValidator(parse_size)]
+AnyPath = Annotated[Path, Field(strict=False)]  # strict mode would refuse the strings that TOML has
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class SamplingConfig(_Section):
+    """Sampling of lines that do not say, before the model's `generation_config.json`."""
+
+    temperature: float | None = Field(default=None, ge=0, description="Sampling temperature; 0 is greedy.")
+    top_p: float | None = Field(
+        default=None, gt=0, le=1, description="Sample from the smallest set of tokens with this total probability."
+    )
+    top_k: int | None = Field(default=None, ge=0, description="Sample from the k likeliest tokens; 0 is off.")
+    min_p: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="Drop tokens less likely than this fraction of the likeliest; 0 is off.",
+    )
+    stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_one_or_many)] | None = Field(
+        default=None, description="Strings that end an answer; they are not part of its text."
+    )
+    stop_token_ids: Annotated[tuple[int, ...], BeforeValidator(_one_or_many)] | None = Field(
+        default=None, description="Token ids that end an answer; they are not part of its text."
+    )
+    ignore_eos: bool | None = Field(
+        default=None, description="Go on past end-of-text tokens, up to the token limit."
+    )
+    min_tokens: int | None = Field(
+        default=None, ge=0, description="Tokens of an answer before it may end by itself."
+    )
+
+
+class SchedulerConfig(_Section):
+    """How work is cut into steps. None of it changes results."""
+
+    grouping: Literal["tree", "none"] = Field(
+        default="tree",
+        description="Which shared prefixes are computed once: all levels of the prefix tree, or none.",
+    )
+    step_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Rows of a step at which prefill stops being added; the device's figure if unset.",
+    )
+    page_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="Tokens of a KV page, the unit of KV allocation; the device's figure if unset.",
+    )
+    expected_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Length to plan with for answers whose length is not known; estimated if unset.",
+    )
+
+
+class OutputConfig(_Section):
+    """How results reach the disk."""
+
+    flush_seconds: float = Field(
+        default=1.0,
+        ge=0,
+        description="Results are flushed to disk at least this often, in seconds; a crash loses no more.",
+    )
+    flush_results: int = Field(
+        default=64, ge=1, description="Results are flushed to disk after this many at the latest."
+    )
+    steps_log: bool = Field(default=True, description="Write steps.jsonl, one line a step.")
+
+
+class RunConfig(_Section):
+    """Everything a run was asked for. Built by `load_config`; never written to afterwards."""
+
+    model: str = Field(description="A model directory, a short name from configs/models, or a hub id (org/name).")
+    out: AnyPath | None = Field(
+        default=None,
+        description="Run directory; if unset it is named after the job: jobs.jsonl is run in jobs.run.",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="Where the model runs; auto takes the GPU where there is one."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="Number type of weights and KV; auto is the checkpoint's on a GPU, and on a CPU bfloat16 where "
+        "the processor has it and the checkpoint is a half type, else float32.",
+    )
+    seed: int = Field(
+        default=0, ge=0, lt=2**64, description="Seed of the run; a line without a seed gets one derived from it."
+    )
+    max_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Token limit of answers whose line has none; if unset the API's own default (chat: what is "
+        "left of the context, completions: 16).",
+    )
+    kv_memory: Size | None = Field(
+        default=None, description="Memory for KV, such as 4GiB, 500MB or a number of bytes; what is free if unset."
+    )
+    limit: int | None = Field(default=None, ge=1, description="Run only this many lines from the top, as a trial.")
+    results_order: Literal["completion", "input"] = Field(
+        default="completion",
+        description="Order of results.jsonl at the end of the run; while it runs, as answers finish.",
+    )
+    schedule_order: str = Field(
+        default="dfs", description="Order in which prompts start; it never changes results."
+    )
+    strict: bool = Field(default=False, description="Refuse the whole job if any line of it is bad.")
+    fresh: bool = Field(default=False, description="Start again beside what is already in the run directory.")
+    revision: str | None = Field(default=None, description="Branch, tag or commit of a model on the hub.")
+    chat_template: AnyPath | None = Field(
+        default=None, description="Jinja file used in place of the model's chat template."
+    )
+    ignore_generation_config: bool = Field(
+        default=False, description="Take no sampling defaults from the model's generation_config.json."
+    )
+    sampling: SamplingConfig = Field(default=SamplingConfig(), description="Sampling of lines that do not say.")
+    scheduler: SchedulerConfig = Field(default=SchedulerConfig(), description="How work is cut into steps.")
+    output: OutputConfig = Field(default=OutputConfig(), description="How results reach the disk.")
+
+
+class _Layer(NamedTuple):
+    """One source of settings, and how a fault in it is named."""
+
+    values: Mapping[str, Any]
+    source: Path | None  # None: the command line
+
+
+def load_config(config_file: Path | None = None, **flags: Any) -> RunConfig:
+    """Resolve the configuration: default.toml, then `config_file`, then the flags that are not None.
+
+    Args:
+        config_file: a TOML file with the keys of default.toml, or None.
+        flags: fields of `RunConfig` by name; a section may be given as a mapping.
+
+    Raises:
+        UsageError: a file cannot be read, or a key is unknown, missing or of the wrong type; one sentence a fault.
+    """
+    layers = [_read_layer(configs_dir() / "default.toml")]
+    if config_file is not None:
+        layers.append(_read_layer(config_file))
+    layers.append(_Layer({name: value for name, value in flags.items() if value is not None}, None))
+
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.values.items():
+            below = merged.get(key)
+            merged[key] = {**below, **value} if isinstance(below, dict) and isinstance(value, Mapping) else value
+    try:
+        return RunConfig.model_validate(merged)
+    except ValidationError as error:
+        faults = [_fault(dict(detail), layers) for detail in error.errors()]
+        raise UsageError("\n".join(faults), hint="docs/configuration.md describes every key.") from None
+
+
+def _read_layer(path: Path) -> _Layer:
+    try:
+        return _Layer(tomllib.loads(path.read_text(encoding="utf-8")), path)
+    except OSError as error:
+        raise UsageError(f"The configuration file {path} cannot be read: {error.strerror}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"The configuration file {path} is not valid TOML: {error}.") from error
+
+
+def _fault(detail: dict[str, Any], layers: list[_Layer]) -> str:
+    """One sentence for one of pydantic's error details."""
+    path = [part for part in detail["loc"] if isinstance(part, str) and part.isidentifier()][:2]
+    key = ".".join(path)
+    if detail["type"] == "missing":
+        return f"{key} is missing: give --{_dashes(key)} or set it in a --config file."
+    source = _where(path, layers)
+    if detail["type"] == "extra_forbidden":
+        meant = _nearest_key(key)
+        return f"{source}: there is no setting {key!r}" + (f"; did you mean {meant!r}?" if meant else ".")
+    given = detail["input"]
+    reason = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    return f"{source}: {key} = {given!r} is wrong: {reason[0].lower() + reason[1:]}."
+
+
+def _where(path: list[str], layers: list[_Layer]) -> str:
+    """The topmost source that sets the key."""
+    for layer in reversed(layers):
+        value: Any = layer.values
+        for part in path:
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if value is not None:
+            return f"--{_dashes(path[0])}" if layer.source is None else str(layer.source)
+    return "configuration"
+
+
+def _nearest_key(key: str) -> str | None:
+    """The key in any section whose own name is nearest to that of the unknown `key`."""
+    known: dict[str, str] = {}
+    for name, field in RunConfig.model_fields.items():
+        known[name] = name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, _Section):
+            known |= {inner: f"{name}.{inner}" for inner in field.annotation.model_fields}
+    meant = nearest(key.rpartition(".")[2], known)
+    return known[meant] if meant else None
+
+
+def _dashes(name: str) -> str:
+    return name.replace("_", "-")
+
+
+_SAMPLING_FIELDS = tuple(SamplingConfig.model_fields)
+_said = attrgetter(*_SAMPLING_FIELDS)
+_GENERATION_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "do_sample")
+
+
+def resolve_sampling(
+    options: LineOptions,
+    config_sampling: SamplingConfig,
+    generation_config: Mapping[str, Any],
+    ignore_generation_config: bool,
+) -> SamplingParams:
+    """Sampling of a line: what it says; else the configuration's `[sampling]`; else the model's
+    `generation_config.json`; else the API's default (temperature 1, nothing cut off).
+
+    `do_sample: false` in `generation_config.json` means temperature 0. Equal results are one object.
+
+    Raises:
+        UsageError: `generation_config.json` asks for what cannot be done.
+    """
+    model: tuple[Any, ...] = ()
+    if not ignore_generation_config:
+        model = tuple(map(generation_config.get, _GENERATION_FIELDS))
+    return _resolve_sampling(_said(options), _said(config_sampling), model)
+
+
+@cache  # a job of millions of lines has a handful of distinct settings
+def _resolve_sampling(line: tuple[Any, ...], config: tuple[Any, ...], model: tuple[Any, ...]) -> SamplingParams:
+    chosen = {name: value for name, value in _model_sampling(model).items() if value is not None}
+    for source in (config, line):
+        chosen |= {name: value for name, value in zip(_SAMPLING_FIELDS, source, strict=True) if value is not None}
+    for name in ("temperature", "top_p", "min_p"):
+        if name in chosen:
+            chosen[name] = float(chosen[name])
+    if chosen.get("temperature") == 0:
+        # Greedy: what would be cut off makes no difference, and one object does for all.
+        for name in ("top_p", "top_k", "min_p"):
+            chosen.pop(name, None)
+    return _shared(SamplingParams(**chosen))
+
+
+@cache
+def _shared(params: SamplingParams) -> SamplingParams:
+    """The one object for equal settings."""
+    return params
+
+
+def _model_sampling(values: tuple[Any, ...]) -> dict[str, Any]:
+    """The sampling fields among `values`, which stand in the order of `_GENERATION_FIELDS` (or are none)."""
+    if not values:
+        return {}
+    model = dict(zip(_GENERATION_FIELDS, values, strict=True))
+    hint = "Give --ignore-generation-config to run without the model's own sampling defaults."
+    for name, value in model.items():
+        if value is not None and not isinstance(value, bool if name == "do_sample" else int | float):
+            raise UsageError(f"The model's generation_config.json has {name} = {value!r}.", hint=hint)
+    if model.pop("repetition_penalty") not in (None, 1):
+        penalty = values[_GENERATION_FIELDS.index("repetition_penalty")]
+        raise UsageError(
+            f"The model's generation_config.json asks for repetition_penalty {penalty}, which is not supported.",
+            hint=hint,
+        )
+    if model.pop("do_sample") is False:
+        model["temperature"] = 0.0
+    return model
+
+
+def resolve_max_tokens(
+    options: LineOptions, endpoint: Endpoint, prompt_tokens: int, max_tokens: int | None, max_context: int
+) -> tuple[int, bool, bool]:
+    """Token limit of an answer: the line's; else `max_tokens` (--max-tokens); else the API's own default (chat:
+    what is left of the context, completions: 16); never more than what is left of the context.
+
+    Args:
+        prompt_tokens: length of the prompt, less than `max_context`.
+        max_context: longest prompt and answer together, in tokens.
+
+    Returns:
+        The limit (at least 1), whether it is the API's default, and whether the context clipped it.
+
+    Raises:
+        ValueError: the prompt leaves no room for a token.
+    """
+    left = max_context - prompt_tokens
+    if left < 1:
+        raise ValueError(f"a prompt of {prompt_tokens} tokens leaves no room in a context of {max_context}")
+    asked = options.max_tokens if options.max_tokens is not None else max_tokens
+    if asked is None:
+        asked = left if endpoint is Endpoint.CHAT else COMPLETIONS_MAX_TOKENS
+        return min(asked, left), True, asked > left
+    return min(asked, left), False, asked > left
+
+
+def derive_seed(run_seed: int, line_index: int, choice: int, line_seed: int | None) -> int:
+    """Seed of one request, a uint64.
+
+    The seed of choice 0 is the line's own or, without one, `splitmix64(splitmix64(run_seed) + line_index)`, which
+    is distinct for each line of a run and does not depend on order; choice i adds i. Arithmetic is modulo 2**64.
+
+    Args:
+        line_index: position of the line in the job, from 0.
+        choice: position of the request among those of its line, from 0.
+    """
+    first = line_seed if line_seed is not None else _splitmix64(_splitmix64(run_seed) + line_index)
+    return (first + choice) & _MASK64
+
+
+def _splitmix64(x: int) -> int:
+    """One output of the SplitMix64 generator from state `x`: a bijection of uint64 that mixes every bit."""
+    z = (x + 0x9E3779B97F4A7C15) & _MASK64
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return z ^ (z >> 31)

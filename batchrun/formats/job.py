@@ -1,0 +1,599 @@
+"""Reads job files: every non-blank line becomes a `JobLine` or a `LineFault`, and no line can harm the next.
+
+A job is JSON Lines, plain or compressed, in OpenAI's batch form or the plain form, line by line.
+"""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import hashlib
+import json
+import reprlib
+import shutil
+import stat
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import orjson
+import zstandard
+
+from batchrun.errors import OutputError, UsageError
+from batchrun.request import Endpoint, JobLine, LineFault, LineOptions
+
+MAX_LINE_BYTES = 256 << 20
+MAX_CUSTOM_ID = 512  # characters
+MAX_TOKEN_ID = 2**31 - 1
+MAX_STOPS = 16
+
+_BLOCK = 1 << 20
+_ZSTD_BLOCK = 1 << 11  # zstd packs up to 32,000-fold: 2 KiB can open to 64 MiB
+_BOM = b"\xef\xbb\xbf"
+
+
+# --- the file ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class JobSource:
+    """A job file that can be read more than once, decompressed by its suffix (`.gz`, `.zst`)."""
+
+    path: Path
+    _fingerprint: str | None = field(default=None, init=False, repr=False)
+
+    def lines(self) -> Iterator[tuple[int, bytes]]:
+        r"""Yield (1-based line number, line without its `\n`), blank lines too, in bounded memory.
+
+        A line longer than `MAX_LINE_BYTES` comes cut, but still longer than it.
+
+        Raises:
+            UsageError: the file cannot be read, is damaged, or changed since it was last read.
+        """
+        digest = hashlib.sha256()
+        number = 0
+        head: list[bytes] = []  # the pieces read so far of a line whose end is not yet read
+        head_bytes = 0
+        try:
+            for block in _blocks(self.path):
+                digest.update(block)
+                piece, *rest = block.split(b"\n")
+                if head_bytes <= MAX_LINE_BYTES:
+                    head.append(piece)
+                    head_bytes += len(piece)
+                if rest:
+                    number += 1
+                    yield number, b"".join(head)
+                    head = [rest.pop()]
+                    head_bytes = len(head[0])
+                    for line in rest:
+                        number += 1
+                        yield number, line
+        except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
+            raise UsageError(
+                f"{self.path}: reading failed after {number} lines: {error}",
+                hint="The file may be damaged or cut short; copy or compress it again.",
+            ) from error
+        if head_bytes:
+            yield number + 1, b"".join(head)
+        if self._fingerprint not in (None, digest.hexdigest()):
+            raise UsageError(
+                f"{self.path} changed while it was being read.", hint="Start again when it is complete."
+            )
+        self._fingerprint = digest.hexdigest()
+
+    def fingerprint(self) -> str:
+        """Sha256 of the uncompressed bytes, in hex; reads the file only if `lines()` has not yet come to its end.
+
+        Raises:
+            UsageError: as `lines()`.
+        """
+        if self._fingerprint is None:
+            for _ in self.lines():
+                pass
+        assert self._fingerprint is not None
+        return self._fingerprint
+
+    def default_out(self) -> Path:
+        """The run directory beside the job: `jobs.run` for `jobs.jsonl`, `jobs.jsonl.gz` and `jobs.jsonl.zst`."""
+        packed = self.path.suffix.lower() in (".gz", ".zst")
+        return (self.path.with_suffix("") if packed else self.path).with_suffix(".run")
+
+
+def open_job(path: str | Path) -> JobSource:
+    """The job at `path`, seen to be a readable file; standard input goes through `spool_stdin`.
+
+    Raises:
+        UsageError: it is missing, not a regular file, or not readable.
+    """
+    path = Path(path)
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISREG(mode):
+            path.open("rb").close()
+    except FileNotFoundError:
+        raise UsageError(
+            f"There is no job file {path}.", hint="Check the path; `-` reads standard input."
+        ) from None
+    except OSError as error:
+        raise UsageError(
+            f"The job file {path} cannot be read: {error.strerror}.", hint="Check the path and its permissions."
+        ) from error
+    if stat.S_ISDIR(mode):
+        raise UsageError(f"{path} is a directory, not a job file.", hint="Name the .jsonl file in it.")
+    if not stat.S_ISREG(mode):
+        raise UsageError(
+            f"{path} is not a regular file, and a job is read twice.",
+            hint=f"Give `-` as the job and redirect: batchrun run - < {path}",
+        )
+    return JobSource(path)
+
+
+def spool_stdin(destination: Path, stream: BinaryIO) -> JobSource:
+    """Copy `stream` to `destination` and return the job that it is; an existing file is replaced whole, or not.
+
+    Raises:
+        OutputError: the copy cannot be written.
+    """
+    part = destination.with_name(destination.name + ".part")
+    try:
+        with part.open("wb") as file:
+            shutil.copyfileobj(stream, file, _BLOCK)
+        part.replace(destination)
+    except OSError as error:
+        raise OutputError(
+            f"Standard input cannot be copied to {destination}: {error.strerror}.",
+            hint="Check the free space and the permissions there, or give the job as a file.",
+        ) from error
+    return JobSource(destination)
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    """The uncompressed bytes of a file, in blocks of bounded size."""
+    suffix = path.suffix.lower()
+    if suffix == ".zst":
+        with path.open("rb") as file:
+            yield from _zstd_blocks(file)
+        return
+    with gzip.open(path, "rb") if suffix == ".gz" else path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            yield block
+
+
+def _zstd_blocks(file: BinaryIO) -> Iterator[bytes]:
+    """Decompress frame after frame. (zstandard's own stream reader takes a file cut short for a whole one.)"""
+    frame = None
+    while packed := file.read(_ZSTD_BLOCK):
+        while packed:
+            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            yield frame.decompress(packed)
+            packed = b""
+            if frame.eof:
+                packed, frame = frame.unused_data, None
+    if frame is not None:
+        raise EOFError("the last zstd frame has no end")
+
+
+# --- a line -----------------------------------------------------------------------------------------------------
+
+
+def read_job(source: JobSource) -> Iterator[JobLine | LineFault]:
+    """Yield one item for each non-blank line, in file order; a line's fault is its first.
+
+    A line claims its `custom_id` whether it is sound or not, so that no id has two outcomes.
+
+    Raises:
+        UsageError: as `JobSource.lines`.
+    """
+    first_lines: dict[str, int] = {}
+    for number, line in source.lines():
+        line = line.removeprefix(_BOM)
+        if line and not line.isspace():
+            yield _read_line(number, line, first_lines)
+
+
+@dataclass(slots=True)
+class JobLint:
+    """What a job file holds, without its texts.
+
+    Attributes:
+        total: non-blank lines; `sound + len(faults)`.
+        unknown_fields: sound lines that have the field, by field name.
+        models: sound lines that name the model, by its name.
+        fingerprint: sha256 of the uncompressed bytes, in hex.
+    """
+
+    total: int = 0
+    sound: int = 0
+    faults: list[LineFault] = field(default_factory=list)
+    unknown_fields: Counter[str] = field(default_factory=Counter)
+    models: Counter[str] = field(default_factory=Counter)
+    fingerprint: str = ""
+
+
+def lint_job(source: JobSource) -> JobLint:
+    """Read the whole job once and count.
+
+    Raises:
+        UsageError: as `JobSource.lines`.
+    """
+    lint = JobLint()
+    for item in read_job(source):
+        lint.total += 1
+        if isinstance(item, LineFault):
+            lint.faults.append(item)
+            continue
+        lint.sound += 1
+        if item.unknown_fields:
+            lint.unknown_fields.update(item.unknown_fields)
+        if item.model is not None:
+            lint.models[item.model] += 1
+    lint.fingerprint = source.fingerprint()
+    return lint
+
+
+class _Fault(Exception):
+    """Leaves the checking of a line at its first fault; `param` is relative to the body inside a body."""
+
+    def __init__(self, code: str, param: str | None, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.param = param
+
+
+def _invalid(param: str, value: Any, wanted: str) -> _Fault:
+    found = "is missing" if value is None else f"is {_shown(value)}"
+    return _Fault("invalid_request", param, f"{param} must be {wanted}, and {found}")
+
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxlong = _REPR.maxother = 60
+_REPR.maxlevel = 2
+
+
+def _shown(value: Any) -> str:
+    """A value for a message: at most 60 characters, nothing unprintable, however large or deep it is."""
+    text = json.dumps(value) if isinstance(value, bool) else _REPR.repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _read_line(number: int, line: bytes, first_lines: dict[str, int]) -> JobLine | LineFault:
+    custom_id = f"line-{number}"
+    prefix = ""
+    try:
+        row = _parse(line)
+        is_openai = "body" in row or "url" in row or "method" in row
+        custom_id = _custom_id(row, is_openai) or custom_id
+        if (first := first_lines.setdefault(custom_id, number)) != number:
+            message = f"custom_id {_shown(custom_id)} was taken by line {first}; that one stands, rename this one"
+            raise _Fault("duplicate_custom_id", "custom_id", message)
+        unknown: list[str] = []
+        if is_openai:
+            endpoint, body = _openai_form(row, unknown)
+            prefix = "body."
+        else:
+            endpoint, body = _plain_form(row)
+        content, options, model = _read_body(endpoint, body, unknown)
+    except _Fault as fault:
+        param = prefix + fault.param if fault.param else None
+        return LineFault(number, custom_id, fault.code, str(fault), param)
+    chat = endpoint is Endpoint.CHAT
+    return JobLine(
+        number=number,
+        custom_id=custom_id,
+        endpoint=endpoint,
+        options=options,
+        messages=content if chat else None,
+        prompts=None if chat else content,
+        model=model,
+        unknown_fields=tuple(unknown),
+    )
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    if len(line) > MAX_LINE_BYTES:
+        raise _Fault("invalid_json_line", None, f"the line is longer than {MAX_LINE_BYTES >> 20} MiB")
+    try:
+        row = orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        raise _Fault("invalid_json_line", None, _json_fault(line, error)) from None
+    if type(row) is not dict:
+        raise _Fault("invalid_json_line", None, f"a line must be one JSON object, and is {_shown(row)}")
+    return row
+
+
+def _json_fault(line: bytes, error: orjson.JSONDecodeError) -> str:
+    try:
+        text = line.decode()
+    except UnicodeDecodeError as bad:
+        return f"not valid UTF-8: byte {bad.start + 1} of the line is 0x{line[bad.start]:02x}"
+    found = f", found {_shown(text[error.pos : error.pos + 61])}" if error.pos < len(text) else ""
+    return f"not valid JSON at column {error.pos + 1}: {error.msg}{found}"
+
+
+def _custom_id(row: dict[str, Any], is_openai: bool) -> str | None:
+    """The line's own id, or None. People number their plain lines: an integer `id` is taken as text."""
+    name, wanted = "custom_id", f"a text of 1 to {MAX_CUSTOM_ID} characters"
+    if (value := row.get(name)) is None and not is_openai:
+        name, wanted = "id", f"{wanted} or an integer"
+        value = row.get(name)
+        value = str(value) if type(value) is int else value
+    if value is not None and (type(value) is not str or not 0 < len(value) <= MAX_CUSTOM_ID):
+        raise _invalid(name, value, wanted)
+    return value
+
+
+def _openai_form(row: dict[str, Any], unknown: list[str]) -> tuple[Endpoint, dict[str, Any]]:
+    """Endpoint and body of a line of OpenAI's batch form."""
+    if (method := row.get("method")) not in (None, "POST"):
+        raise _invalid("method", method, "POST")
+    if (url := row.get("url")) is None:
+        raise _invalid("url", url, " or ".join(Endpoint))
+    if (endpoint := _ENDPOINTS.get(url) if type(url) is str else None) is None:
+        raise _Fault("unsupported_url", "url", f"url {_shown(url)} is not one of {', '.join(Endpoint)}")
+    if type(body := row.get("body")) is not dict:
+        raise _invalid("body", body, "an object")
+    if len(row) > 4 or not row.keys() <= _ENVELOPE:
+        unknown += [_name(key) for key in row if key not in _ENVELOPE]
+    return endpoint, body
+
+
+def _plain_form(row: dict[str, Any]) -> tuple[Endpoint, dict[str, Any]]:
+    """Endpoint and body of a line that has its prompt, or its messages, at the top."""
+    has_prompt, has_messages = row.get("prompt") is not None, row.get("messages") is not None
+    if has_prompt == has_messages:
+        wanted = "either prompt or messages, not both" if has_prompt else "prompt, messages, or url and body"
+        raise _Fault("invalid_request", "messages" if has_prompt else None, f"a line must have {wanted}")
+    body = {name: value for name, value in row.items() if name not in ("id", "custom_id")}
+    return Endpoint.CHAT if has_messages else Endpoint.COMPLETIONS, body
+
+
+def _read_body(
+    endpoint: Endpoint, body: dict[str, Any], unknown: list[str]
+) -> tuple[tuple[Any, ...], LineOptions, str | None]:
+    """Check every field, in the line's own order; null is as good as absent.
+
+    Returns:
+        The messages or the prompts, the options and the model.
+    """
+    content_field, read_content = _CONTENT[endpoint]
+    content: tuple[Any, ...] | None = None
+    found: dict[str, Any] = {}
+    for name, value in body.items():
+        if value is None:
+            continue
+        if name == content_field:
+            content = read_content(value, unknown)
+        elif (check := _CHECKS.get(name)) is not None:
+            found[name] = check(name, value)
+        elif (neutral := _NOT_BUILT.get(name)) is not None:
+            if not _is_one_of(value, neutral):
+                message = f"{name} is not supported yet; leave it out (it is {_shown(value)})"
+                raise _Fault("unsupported_field", name, message)
+        elif name not in _INFORMATIVE:
+            unknown.append(_name(name))
+    if content is None:
+        raise _invalid(content_field, None, f"given for {endpoint}")
+    model = found.pop("model", None)
+    if (max_completion_tokens := found.pop("max_completion_tokens", None)) is not None:
+        found["max_tokens"] = max_completion_tokens
+    options = _options(tuple(found.items()))
+    if options.min_tokens and options.max_tokens and options.min_tokens > options.max_tokens:
+        raise _invalid("min_tokens", options.min_tokens, f"at most max_tokens ({options.max_tokens})")
+    return content, options, model
+
+
+@functools.lru_cache(maxsize=256)
+def _options(found: tuple[tuple[str, Any], ...]) -> LineOptions:
+    """Most lines of a job say the same, so they share one object."""
+    return LineOptions(**dict(found))
+
+
+def _is_one_of(value: Any, choices: tuple[Any, ...]) -> bool:
+    """`in`, but true is not 1."""
+    return any(value == choice and isinstance(value, bool) is isinstance(choice, bool) for choice in choices)
+
+
+def _name(name: str) -> str:
+    """An unknown field's name, fit to be shown."""
+    return _shown(name)[1:-1]
+
+
+# --- messages and prompts ---------------------------------------------------------------------------------------
+
+
+def _messages(messages: Any, unknown: list[str]) -> tuple[dict[str, Any], ...]:
+    if type(messages) is not list:
+        raise _invalid("messages", messages, "a list of messages")
+    if not messages:
+        raise _Fault("empty_prompt", "messages", "messages is empty")
+    return tuple(
+        message
+        if (
+            type(message) is dict
+            and len(message) == 2
+            and type(message.get("content")) is str
+            and message.get("role") in _PLAIN_ROLES
+        )
+        else _message(f"messages[{i}]", message, unknown)
+        for i, message in enumerate(messages)
+    )
+
+
+def _message(path: str, message: Any, unknown: list[str]) -> dict[str, Any]:
+    """One message as the chat template gets it."""
+    if type(message) is not dict:
+        raise _invalid(path, message, "an object with role and content")
+    role = message.get("role")
+    if type(role) is not str or role not in _ROLES:
+        raise _invalid(f"{path}.role", role, f"one of {', '.join(_ROLES)}")
+    for name, value in message.items():
+        if name in _MESSAGE_FIELDS or value is None or value in ([], {}):
+            continue
+        if name in ("tool_calls", "function_call", "audio"):
+            raise _Fault("unsupported_field", f"{path}.{name}", f"{path}.{name} is not supported yet")
+        unknown.append(f"messages.{_name(name)}")
+    read = {"role": _ROLES[role], "content": _content(f"{path}.content", message.get("content"))}
+    for name in ("name", "tool_call_id"):
+        if (value := message.get(name)) is not None:
+            read[name] = _text(f"{path}.{name}", value)
+    return read
+
+
+def _content(path: str, content: Any) -> str:
+    """A message's text; the parts of a list are joined with nothing added."""
+    if type(content) is str:
+        return content
+    if type(content) is not list or not content:
+        raise _invalid(path, content, "a text or a list of text parts")
+    texts = []
+    for i, part in enumerate(content):
+        if type(part) is not dict or type(part.get("type")) is not str:
+            raise _invalid(f"{path}[{i}]", part, 'an object like {"type": "text", "text": ...}')
+        if part["type"] != "text":
+            message = f"content parts of type {_shown(part['type'])} are not supported yet, only text"
+            raise _Fault("unsupported_field", f"{path}[{i}].type", message)
+        texts.append(_text(f"{path}[{i}].text", part.get("text")))
+    return "".join(texts)
+
+
+def _prompts(prompt: Any, _unknown: list[str]) -> tuple[str | tuple[int, ...], ...]:
+    if type(prompt) is list and prompt and type(prompt[0]) in (str, list):
+        wanted = "a text" if type(prompt[0]) is str else "a list of token ids"
+        for i, one in enumerate(prompt):
+            if type(one) is not type(prompt[0]):
+                raise _invalid(f"prompt[{i}]", one, f"{wanted} like the first")
+        return tuple(_prompt(f"prompt[{i}]", one) for i, one in enumerate(prompt))
+    return (_prompt("prompt", prompt),)
+
+
+def _prompt(path: str, prompt: Any) -> str | tuple[int, ...]:
+    if type(prompt) not in (str, list):
+        raise _invalid(path, prompt, "a text, a list of token ids, or a list of either")
+    if not prompt:
+        raise _Fault("empty_prompt", path, f"{path} is empty")
+    return prompt if type(prompt) is str else _token_ids(path, prompt)
+
+
+# --- the other fields -------------------------------------------------------------------------------------------
+
+
+def _number(low: float, high: float, *, low_too: bool = True) -> Callable[[str, Any], float]:
+    wanted = f"a number from {low} to {high}" if low_too else f"a number above {low} and at most {high}"
+
+    def check(name: str, value: Any) -> float:
+        if type(value) not in (int, float) or not low <= value <= high or (value == low and not low_too):
+            raise _invalid(name, value, wanted)
+        return float(value)
+
+    return check
+
+
+def _integer(low: int, high: int | None = None) -> Callable[[str, Any], int]:
+    wanted = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
+
+    def check(name: str, value: Any) -> int:
+        if type(value) is not int or value < low or (high is not None and value > high):
+            like_one = type(value) is float and value.is_integer() and abs(value) < 2**53
+            raise _invalid(name, value, f"{wanted} (write {int(value)})" if like_one else wanted)
+        return value
+
+    return check
+
+
+_top_k_as_given = _integer(-1)
+
+
+def _top_k(name: str, value: Any) -> int:
+    return max(_top_k_as_given(name, value), 0)  # -1 and 0 both mean off
+
+
+def _boolean(name: str, value: Any) -> bool:
+    if type(value) is not bool:
+        raise _invalid(name, value, "true or false")
+    return value
+
+
+def _text(name: str, value: Any) -> str:
+    if type(value) is not str:
+        raise _invalid(name, value, "a text")
+    return value
+
+
+def _stop(name: str, value: Any) -> tuple[str, ...]:
+    stops = [value] if type(value) is str else value
+    if type(stops) is not list or len(stops) > MAX_STOPS or not all(type(s) is str and s for s in stops):
+        raise _invalid(name, value, f"a text or a list of at most {MAX_STOPS} texts, none of them empty")
+    return tuple(stops)
+
+
+def _token_ids(name: str, value: Any) -> tuple[int, ...]:
+    wanted = f"from 0 to {MAX_TOKEN_ID}"
+    if type(value) is not list:
+        raise _invalid(name, value, f"a list of token ids {wanted}")
+    if value and (set(map(type, value)) != {int} or min(value) < 0 or max(value) > MAX_TOKEN_ID):
+        for i, token in enumerate(value):
+            if type(token) is not int or not 0 <= token <= MAX_TOKEN_ID:
+                raise _invalid(f"{name}[{i}]", token, f"a token id {wanted}")
+    return tuple(value)
+
+
+_ENDPOINTS = {str(endpoint): endpoint for endpoint in Endpoint}
+_ENVELOPE = {"custom_id", "method", "url", "body"}
+_PLAIN_ROLES = ("system", "user", "assistant", "tool")
+_ROLES = {role: role for role in _PLAIN_ROLES} | {"developer": "system"}
+_MESSAGE_FIELDS = {"role", "content", "name", "tool_call_id"}
+
+_CONTENT: dict[Endpoint, tuple[str, Callable[[Any, list[str]], tuple[Any, ...]]]] = {
+    Endpoint.CHAT: ("messages", _messages),
+    Endpoint.COMPLETIONS: ("prompt", _prompts),
+}
+
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "model": _text,
+    "max_tokens": _integer(1),
+    "max_completion_tokens": _integer(1),
+    "min_tokens": _integer(0),
+    "temperature": _number(0, 2),
+    "top_p": _number(0, 1, low_too=False),
+    "top_k": _top_k,
+    "min_p": _number(0, 1),
+    "seed": _integer(-(2**63), 2**63 - 1),
+    "stop": _stop,
+    "stop_token_ids": _token_ids,
+    "ignore_eos": _boolean,
+}
+
+
+def _fields(names: str, *neutral: Any) -> dict[str, tuple[Any, ...]]:
+    return dict.fromkeys(names.split(), neutral)
+
+
+# Fields that say nothing about the answer.
+_INFORMATIVE = {
+    **_fields("user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention"),
+    **_fields("request_id priority cache_salt"),
+}
+
+# Fields of OpenAI's and vLLM's that are not built, with the values at which they change nothing.
+_NOT_BUILT: dict[str, tuple[Any, ...]] = {
+    **_fields("n best_of repetition_penalty length_penalty", 1),
+    **_fields("presence_penalty frequency_penalty top_logprobs", 0),
+    **_fields("stream logprobs echo continue_final_message include_stop_str_in_output", False),
+    **_fields("use_beam_search return_token_ids return_tokens_as_token_ids", False),
+    **_fields("skip_special_tokens spaces_between_special_tokens add_generation_prompt", True),
+    **_fields("include_reasoning parallel_tool_calls", True, False),
+    **_fields("tool_choice function_call", "none", "auto"),
+    **_fields("response_format", {"type": "text"}),
+    **_fields("modalities", ["text"]),
+    **_fields("verbosity", "medium"),
+    **_fields("tools functions logit_bias prompt_logprobs stream_options audio prediction suffix", [], {}, ""),
+    **_fields("reasoning_effort web_search_options truncate_prompt_tokens add_special_tokens", [], {}, ""),
+    **_fields("chat_template chat_template_kwargs documents mm_processor_kwargs media_io_kwargs", [], {}, ""),
+    **_fields("bad_words allowed_token_ids logits_processors prompt_embeds kv_transfer_params", [], {}, ""),
+    **_fields("structured_outputs structural_tag guided_json guided_regex guided_choice", [], {}, ""),
+    **_fields("guided_grammar guided_decoding_backend guided_whitespace_pattern vllm_xargs", [], {}, ""),
+}

@@ -1,0 +1,172 @@
+"""Result and error lines: OpenAI's batch output shape, with extras of ours under the one key `batchrun`."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import orjson
+
+from batchrun.request import Endpoint, LineFault, Result
+
+
+def encode_json(value: Any, *, indent: bool = False) -> bytes:
+    """`value` as UTF-8 JSON with a last newline; dataclasses and numpy arrays may be anywhere in it.
+
+    On one line, unless `indent`: control characters are written as escapes. JSON text cannot hold lone surrogates
+    (a model, a custom_id or a file name can): each becomes U+FFFD.
+    """
+    option = orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY | (orjson.OPT_INDENT_2 if indent else 0)
+    try:
+        return orjson.dumps(value, default=_plain, option=option)
+    except orjson.JSONEncodeError as error:
+        if "surrogates" not in str(error):
+            raise
+        return orjson.dumps(_without_lone_surrogates(value), default=_plain, option=option)
+
+
+def result_line(
+    choices: Sequence[Result],
+    *,
+    custom_id: str,
+    line: int,
+    endpoint: Endpoint,
+    model: str,
+    created: int,
+    seed: int,
+    group: int | None,
+) -> bytes:
+    """The line of `results.jsonl` for one finished line of the job.
+
+    All but `created` follows from the arguments' content, so that a rerun gives the same bytes otherwise.
+
+    Args:
+        choices: its answers in choice order, at least one.
+        line: its number in the job file, 1-based.
+        model: the name the model was given by.
+        created: when it finished, in seconds of Unix time.
+        seed: the seed of its first choice.
+        group: id of the prefix-sharing group of its first choice, or None.
+    """
+    digest = _digest(line, custom_id)
+    prompt_tokens = sum(choice.usage.prompt_tokens for choice in choices)
+    completion_tokens = sum(choice.usage.completion_tokens for choice in choices)
+    chat = endpoint is Endpoint.CHAT
+    body = {
+        "id": f"{'chatcmpl' if chat else 'cmpl'}-{digest}",
+        "object": "chat.completion" if chat else "text_completion",
+        "created": created,
+        "model": model,
+        "choices": [
+            {
+                "index": index,
+                **({"message": {"role": "assistant", "content": choice.text}} if chat else {"text": choice.text}),
+                "logprobs": None,
+                "finish_reason": choice.finish_reason,
+            }
+            for index, choice in enumerate(choices)
+        ],
+        "usage": {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": sum(choice.usage.cached_tokens for choice in choices)},
+        },
+    }
+    response = {"status_code": 200, "request_id": f"req_{digest}", "body": body}
+    return _batch_line(custom_id, line, response, None, group=group, attempts=1, seed=seed)
+
+
+def error_line(fault: LineFault) -> bytes:
+    """The line of `errors.jsonl` for a line of the job that was rejected."""
+    body = {
+        "error": {
+            "message": fault.message,
+            "type": "invalid_request_error",
+            "param": fault.param,
+            "code": fault.code,
+        }
+    }
+    response = {
+        "status_code": 400,
+        "request_id": f"req_{_digest(fault.number, fault.custom_id)}",
+        "body": body,
+    }
+    return _batch_line(fault.custom_id, fault.number, response, None)
+
+
+def unrun_line(custom_id: str, line: int, code: str, message: str) -> bytes:
+    """The line of `errors.jsonl` for a sound line of the job that never ran and never will."""
+    return _batch_line(custom_id, line, None, {"code": code, "message": message})
+
+
+def read_line_number(raw: bytes) -> tuple[int, str | None]:
+    """The job line that a result or error line answers, and the error's code (None for a result).
+
+    Raises:
+        ValueError: `raw` is not a whole line that this module wrote.
+    """
+    entry = orjson.loads(raw)
+    try:
+        number = entry["batchrun"]["line"]
+        fault = entry["error"] or entry["response"]["body"].get("error")
+        code = fault["code"] if fault else None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError("not a result line: it lacks batchrun.line or response") from error
+    if not isinstance(number, int):
+        raise ValueError("not a result line: batchrun.line is no number")
+    return number, code
+
+
+def _batch_line(
+    custom_id: str,
+    line: int,
+    response: dict[str, Any] | None,
+    error: dict[str, str] | None,
+    *,
+    group: int | None = None,
+    attempts: int = 0,
+    seed: int | None = None,
+) -> bytes:
+    extras = {"line": line, "group": group, "attempts": attempts, "dedup_of": None, "seed": seed}
+    return encode_json(
+        {
+            "id": f"batch_req_{_digest(line, custom_id)}",
+            "custom_id": custom_id,
+            "response": response,
+            "error": error,
+            "batchrun": extras,
+        }
+    )
+
+
+def _digest(line: int, custom_id: str) -> str:
+    content = f"{line}:{custom_id}".encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(content, digest_size=12).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    # orjson writes contiguous arrays itself; a column of a larger array comes here.
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    raise TypeError
+
+
+def _without_lone_surrogates(value: Any) -> Any:
+    match value:
+        case str():
+            return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        case dict():
+            return {_without_lone_surrogates(key): _without_lone_surrogates(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_without_lone_surrogates(item) for item in value]
+        case _ if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return {
+                field.name: _without_lone_surrogates(getattr(value, field.name))
+                for field in dataclasses.fields(value)
+            }
+        case _:
+            return value

@@ -1,0 +1,717 @@
+"""The run directory: who may write there, what of it is whole after a crash, and how its files are kept whole.
+
+`results.jsonl` and `errors.jsonl` are the one truth about what is finished; `run.json` sums them up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import logging
+import math
+import os
+import shutil
+import socket
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+from pydantic import TypeAdapter, ValidationError
+
+from batchrun.errors import ExitCode, OutputError, RunDirError
+from batchrun.formats.results import encode_json, read_line_number
+from batchrun.report.records import RequestCounts
+
+SCHEMA_VERSION = 1
+RESULTS, ERRORS, RUN = "results.jsonl", "errors.jsonl", "run.json"
+LOCK = "lock"
+# run.json goes first when a run is moved aside: without it, what is left is taken for no run at all.
+RUN_FILES = (RUN, RESULTS, ERRORS, "plan.json", "steps.jsonl", "report.json", "report.html", "run.log")
+
+BYTES_PER_TOKEN = 6  # of answer text: English has 4 to 5, code and most other scripts less than 6
+BYTES_PER_LINE = 700  # of a result line around its text, with a custom_id of some 50 characters
+BYTES_PER_LINE_LEAST = 500  # the same with an empty text, small numbers and one-letter names
+BYTES_PER_CHOICE = 80  # of a further answer on a line, around its text
+
+Fingerprint = Mapping[str, str | int | float | bool | None]
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+# --- files that are written whole ---
+
+
+@contextlib.contextmanager
+def output_errors(path: Path) -> Iterator[None]:
+    """Turn an `OSError` met while writing `path` into an `OutputError` that names it and the free space."""
+    try:
+        yield
+    except OSError as error:
+        free = _free_bytes(path)
+        space = "" if free is None else f" ({_size(free)} free on its file system)"
+        raise OutputError(
+            f"cannot write {path}: {error.strerror or error}{space}",
+            hint="Make room or give write permission, then run the same command again: what is finished is kept.",
+            code="output_not_writable",
+        ) from error
+
+
+def write_json_atomic(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON so that a reader sees the old file or the new one, even after a power cut.
+
+    Raises:
+        OutputError: it cannot be written; the old file is as it was.
+    """
+    with _replacing(path) as file:
+        file.write(encode_json(value, indent=True))
+
+
+def document(value: Any) -> dict[str, Any]:
+    """The dataclass instance `value` as a JSON document of ours: its fields, and `schema_version` before them."""
+    fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return {"schema_version": SCHEMA_VERSION, **fields}
+
+
+def read_document(path: Path, kind: type[T]) -> T:
+    """Read a file that holds `document(...)` of an instance of the dataclass `kind`.
+
+    Raises:
+        RunDirError: it is missing, not JSON, of another schema version, or has a missing or wrong field.
+    """
+    try:
+        raw = path.read_bytes()
+        version = orjson.loads(raw)["schema_version"]
+        if version != SCHEMA_VERSION:
+            raise RunDirError(
+                f"{path} has schema_version {version}; this batchrun reads {SCHEMA_VERSION}",
+                hint="Use the batchrun that wrote it, or start again with --fresh.",
+                code="schema_version",
+            )
+        return TypeAdapter(kind).validate_json(raw, strict=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            reason = f"{'.'.join(map(str, first['loc'])) or 'the document'}: {first['msg']}"
+        elif isinstance(error, OSError):
+            reason = error.strerror or str(error)
+        else:
+            reason = f"it is not a JSON object with a schema_version ({error})"
+        raise RunDirError(
+            f"cannot read {path}: {reason}",
+            hint="Give the directory of a run with -o, or start again with --fresh.",
+            code="unreadable_document",
+        ) from error
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Any]:
+    """A binary file written beside `path`, which takes its place when the block ends well."""
+    beside = path.with_name(path.name + ".tmp")
+    with output_errors(path):
+        try:
+            with beside.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                beside.unlink()
+            raise
+        _sync_directory(path.parent)
+
+
+def _sync_directory(path: Path) -> None:
+    # A created or renamed file survives a power cut only once its directory is on disk too.
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+# --- space ---
+
+
+class DiskEstimate(NamedTuple):
+    """Bytes that the results of a job take: `least` for empty answers, `most` when all run to their limit."""
+
+    least: int
+    most: int
+
+
+def estimate_disk(max_new_tokens: npt.NDArray[np.int32], lines: int) -> DiskEstimate:
+    """Disk space for the results of `lines` lines, whose requests' token limits are `max_new_tokens`, int32 `[R]`.
+
+    Taken for granted: a token is at most 6 bytes of text on average, a line has some 700 bytes around its text, and
+    each further choice of a line 80.
+    """
+    text = BYTES_PER_TOKEN * int(max_new_tokens.sum(dtype=np.int64))
+    around = lines * BYTES_PER_LINE + (max_new_tokens.size - lines) * BYTES_PER_CHOICE
+    return DiskEstimate(least=lines * BYTES_PER_LINE_LEAST, most=around + text)
+
+
+def check_disk(path: Path, estimate: DiskEstimate) -> str | None:
+    """Compare an estimate with the free space of the file system that `path` lies on.
+
+    Returns:
+        A warning where the answers fit only if they stay below their limits; else None.
+
+    Raises:
+        OutputError: not even empty answers fit.
+    """
+    free = _free_bytes(path)
+    if free is None or free >= estimate.most:
+        return None
+    if free < estimate.least:
+        raise OutputError(
+            f"the results take at least {_size(estimate.least)} and {path} has {_size(free)} free",
+            hint="Make room, or give a directory on another disk with -o.",
+            code="disk_full",
+        )
+    return (
+        f"the results take up to {_size(estimate.most)} if every answer runs to its limit, "
+        f"and {path} has {_size(free)} free"
+    )
+
+
+def _free_bytes(path: Path) -> int | None:
+    for place in (path, *path.absolute().parents):
+        with contextlib.suppress(OSError):
+            return shutil.disk_usage(place).free
+    return None
+
+
+def _size(count: int) -> str:
+    if count < 1000:
+        return f"{count} bytes"
+    power = min(int(math.log10(count)) // 3, 4)
+    return f"{count / 1000**power:.1f} {('kB', 'MB', 'GB', 'TB')[power - 1]}"
+
+
+# --- the directory ---
+
+
+class RunStatus(StrEnum):
+    """Status of a run, in the words of OpenAI's batch object where it has them."""
+
+    IN_PROGRESS = "in_progress"
+    FINALIZING = "finalizing"
+    COMPLETED = "completed"
+    STOPPED = "stopped"  # early, resumable
+    CANCELLED = "cancelled"  # closed for good by a person
+
+    @property
+    def finished(self) -> bool:
+        return self in (RunStatus.COMPLETED, RunStatus.CANCELLED)
+
+
+class RunState(StrEnum):
+    """What a start finds in the directory."""
+
+    NEW = "new"
+    UNFINISHED = "unfinished"
+    FINISHED = "finished"
+
+
+@dataclass(frozen=True, slots=True)
+class RunFile:
+    """`run.json`. Times are seconds of Unix time.
+
+    Raises:
+        ValueError: a finished run without an exit code or with lines remaining.
+    """
+
+    id: str
+    object: str
+    status: RunStatus
+    exit_code: int | None
+    request_counts: RequestCounts
+    errors: dict[str, int]  # failed lines by code
+    model: str
+    fingerprint: dict[str, str | int | float | bool | None]
+    created_at: int
+    in_progress_at: int  # of the latest start
+    completed_at: int | None
+    environment: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if self.status.finished and (self.exit_code is None or self.request_counts.remaining):
+            raise ValueError(f"a {self.status} run has an exit code and no remaining lines")
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """What a run directory holds, read from its lines.
+
+    Attributes:
+        results: int64, sorted: job lines that have a result.
+        errors: int64, sorted: job lines that have an error line; none is in both.
+        error_codes: number of error lines by code.
+    """
+
+    results: npt.NDArray[np.int64]
+    errors: npt.NDArray[np.int64]
+    error_codes: dict[str, int]
+
+
+class RunDir:
+    """A run directory that this process holds the lock of, until it is closed.
+
+    Attributes:
+        path: the directory.
+        run: its `run.json`, or None before the first `start`.
+    """
+
+    def __init__(self, path: Path, fingerprint: Fingerprint, lock: int) -> None:
+        self.path = path
+        # As it reads back from JSON, so that equal stays equal.
+        self._fingerprint = orjson.loads(encode_json(dict(fingerprint)))
+        self._lock = lock
+        self.run: RunFile | None = None
+
+    @classmethod
+    def open(cls, path: Path, fingerprint: Fingerprint, *, fresh: bool = False) -> RunDir:
+        """Make the directory where it is missing, take its lock, and see that a run in it is of this job.
+
+        Args:
+            fingerprint: all that decides the results (job content, model, template, sampling defaults), by name.
+            fresh: move a run that is there to `<path>.1` (`.2`, ...) beside it, and start anew.
+
+        Raises:
+            RunDirError: another process holds it, it belongs to another job, or its files are not sound.
+            OutputError: it cannot be made or written.
+        """
+        with output_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+        run_dir = cls(path, fingerprint, _take_lock(path))
+        try:
+            if fresh:
+                _move_aside(path)
+            run_dir._read_run()
+        except BaseException:
+            run_dir.close()
+            raise
+        return run_dir
+
+    def __enter__(self) -> RunDir:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the lock back."""
+        with contextlib.suppress(OSError):  # the file's content is a courtesy; closing it is what frees the lock
+            os.ftruncate(self._lock, 0)
+        os.close(self._lock)
+
+    @property
+    def state(self) -> RunState:
+        """What was found, or what it has become since."""
+        if self.run is None:
+            return RunState.NEW
+        return RunState.FINISHED if self.run.status.finished else RunState.UNFINISHED
+
+    def start(self, counts: RequestCounts, *, model: str, environment: dict[str, Any]) -> None:
+        """Write `run.json` as in progress, before any result. A resumed run keeps its id and time of creation."""
+        now = int(time.time())
+        self._save(
+            RunFile(
+                id=self.run.id if self.run else f"batch_{uuid.uuid4().hex}",
+                object="batch",
+                status=RunStatus.IN_PROGRESS,
+                exit_code=None,
+                request_counts=counts,
+                errors=self.run.errors if self.run else {},
+                model=model,
+                fingerprint=self._fingerprint,
+                created_at=self.run.created_at if self.run else now,
+                in_progress_at=now,
+                completed_at=None,
+                environment=environment,
+            )
+        )
+
+    def update(
+        self,
+        status: RunStatus,
+        counts: RequestCounts,
+        *,
+        errors: Mapping[str, int],
+        exit_code: ExitCode | None = None,
+    ) -> None:
+        """Write `run.json` anew, after `start`.
+
+        Args:
+            counts: as the lines of the two files are now.
+            errors: failed lines by code.
+            exit_code: what the run ends with; given when it ends.
+        """
+        if self.run is None:
+            raise RuntimeError("start the run before it is updated")
+        self._save(
+            dataclasses.replace(
+                self.run,
+                status=status,
+                request_counts=counts,
+                errors=dict(errors),
+                exit_code=None if exit_code is None else int(exit_code),
+                completed_at=int(time.time()) if status.finished else None,
+            )
+        )
+
+    def recover(self) -> Recovered:
+        """Cut a torn last line off both files, and read which lines of the job are done; in bounded memory.
+
+        Raises:
+            RunDirError: a line before the last is not sound, or a line of the job is there twice.
+        """
+        results, _ = _recover_file(self.path / RESULTS)
+        errors, codes = _recover_file(self.path / ERRORS)
+        both = np.intersect1d(results, errors)
+        if both.size:
+            raise _unsound(self.path, f"line {both[0]} of the job is in {RESULTS} and in {ERRORS}")
+        return Recovered(results, errors, codes)
+
+    def _save(self, run: RunFile) -> None:
+        write_json_atomic(self.path / RUN, document(run))
+        self.run = run
+
+    def _read_run(self) -> None:
+        path = self.path / RUN
+        if not path.exists():
+            for name in (RESULTS, ERRORS):
+                if (self.path / name).exists():
+                    raise RunDirError(
+                        f"{self.path} has a {name} but no {RUN}, so it is unknown whose results they are",
+                        hint="Give another directory with -o, or --fresh to move them aside.",
+                        code="run_dir_unknown",
+                    )
+            return
+        self.run = read_document(path, RunFile)
+        there, now = self.run.fingerprint, self._fingerprint
+        fields = [name for name in {**there, **now} if there.get(name) != now.get(name)]
+        if fields:
+            values = ((name, *_shorten(_show(there, name), _show(now, name))) for name in fields)
+            differences = "; ".join(f"{name} is {old} there and {new} now" for name, old, new in values)
+            raise RunDirError(
+                f"{self.path} belongs to another run: {differences}",
+                hint="Give another directory with -o, or --fresh to move that run aside and start again.",
+                code="run_dir_mismatch",
+            )
+
+
+def _take_lock(path: Path) -> int:
+    """Lock the directory for this process: the lock dies with it, so that a stale one is no lock."""
+    with output_errors(path / LOCK):
+        lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            since = datetime.now(UTC).isoformat(timespec="seconds")
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, f"{os.getpid()} {socket.gethostname()} {since}\n".encode(), 0)
+        except BlockingIOError:
+            words = os.pread(lock, 1024, 0).decode(errors="replace").split()
+            os.close(lock)
+            holder = "process {} on {}, since {}".format(*words) if len(words) == 3 else "another process"
+            raise RunDirError(
+                f"{path} is in use by {holder}",
+                hint="Wait until it ends, or give another directory with -o.",
+                code="run_dir_locked",
+            ) from None
+        except BaseException:
+            os.close(lock)
+            raise
+    return lock
+
+
+def _move_aside(path: Path) -> None:
+    """Move the files of a run to a new directory beside this one; other files stay where they are."""
+    here = path.resolve()
+    files = [here / name for name in RUN_FILES if (here / name).exists()]
+    if not files:
+        return
+    number = 1
+    with output_errors(path):
+        while True:
+            aside = here.with_name(f"{here.name}.{number}")
+            try:
+                aside.mkdir()
+                break
+            except FileExistsError:
+                number += 1
+        try:
+            for file in files:
+                file.rename(aside / file.name)
+        except OSError as error:
+            with contextlib.suppress(OSError):  # it is removed only where nothing has moved
+                aside.rmdir()
+            if error.errno == errno.EXDEV:
+                raise RunDirError(
+                    f"the run in {path} cannot be moved aside: {aside} is on another file system",
+                    hint="Give another directory with -o.",
+                    code="run_dir_not_movable",
+                ) from error
+            raise
+        _sync_directory(aside)
+        _sync_directory(here)
+    log.info("moved the run in %s to %s", path, aside)
+
+
+def _show(fingerprint: Fingerprint, name: str) -> str:
+    return repr(fingerprint[name]) if name in fingerprint else "not set"
+
+
+def _shorten(one: str, other: str, width: int = 48) -> tuple[str, str]:
+    """Two values cut to where they differ."""
+    if max(len(one), len(other)) <= width:
+        return one, other
+    start = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), 0)
+    start = start - 8 if start > 16 else 0
+
+    def cut(text: str) -> str:
+        return ("…" if start else "") + text[start : start + width] + ("…" if len(text) > start + width else "")
+
+    return cut(one), cut(other)
+
+
+# --- result lines ---
+
+
+def cut_torn_tail(path: Path) -> None:
+    """Cut off what follows the last newline: a line whose writing was cut short."""
+    with output_errors(path), path.open("r+b") as file:
+        size = end = file.seek(0, os.SEEK_END)
+        whole = 0
+        while end and not whole:
+            start = max(0, end - (1 << 16))
+            file.seek(start)
+            newline = file.read(end - start).rfind(b"\n")
+            whole = start + newline + 1 if newline >= 0 else 0
+            end = start
+        if whole < size:
+            _cut(file, whole, size)
+
+
+def sort_results(path: Path) -> None:
+    """Sort a file of result or error lines by their line of the job, on disk: 24 bytes of memory a line.
+
+    Raises:
+        RunDirError: a line of it is not sound.
+        OutputError: the sorted file cannot be written; the old one is as it was.
+    """
+    if not path.exists():
+        return
+    index = _LineIndex()
+    for offset, length, number, _ in _scan(path):
+        if number is None:
+            raise _unsound(path, f"the line at byte {offset} is not sound")
+        index.append(number, offset, length)
+    numbers, offsets, lengths = index.columns()
+    order = np.argsort(numbers, kind="stable")
+    if np.array_equal(order, np.arange(order.size)):
+        return
+    with path.open("rb") as source, _replacing(path) as target:
+        for row in order:
+            source.seek(int(offsets[row]))
+            target.write(source.read(int(lengths[row])))
+
+
+class ResultSink:
+    """Appends to `results.jsonl` and `errors.jsonl`, so that no more than a flush interval is ever lost.
+
+    Attributes:
+        completed, failed: whole lines in the two files.
+    """
+
+    def __init__(
+        self, path: Path, recovered: Recovered, *, flush_seconds: float = 2.0, flush_results: int = 1000
+    ) -> None:
+        """Open the two files of the run directory `path`, made where they are missing.
+
+        Args:
+            recovered: what they hold, from `RunDir.recover`.
+            flush_seconds, flush_results: lines are on disk at the latest when they are this old or this many.
+
+        Raises:
+            OutputError: a file cannot be opened.
+        """
+        self._results = _LineFile(path / RESULTS, recovered.results.size)
+        self._errors = _LineFile(path / ERRORS, recovered.errors.size)
+        with output_errors(path):
+            _sync_directory(path)
+        self._flush_seconds = flush_seconds
+        self._flush_results = flush_results
+        self._flushed_at = time.monotonic()
+
+    @property
+    def completed(self) -> int:
+        return self._results.lines
+
+    @property
+    def failed(self) -> int:
+        return self._errors.lines
+
+    def write_result(self, line: bytes) -> None:
+        """Append one line of `results.jsonl`, newline included; raises as `flush` does."""
+        self._results.pending.append(line)
+        self.poll()
+
+    def write_error(self, line: bytes) -> None:
+        """Append one line of `errors.jsonl`, newline included; raises as `flush` does."""
+        self._errors.pending.append(line)
+        self.poll()
+
+    def poll(self) -> None:
+        """Flush if that is due; to be called now and then while nothing is written. Raises as `flush` does."""
+        pending = len(self._results.pending) + len(self._errors.pending)
+        old = time.monotonic() - self._flushed_at >= self._flush_seconds
+        if pending >= self._flush_results or (pending and old):
+            self.flush()
+
+    def flush(self) -> None:
+        """Bring every line to disk.
+
+        Raises:
+            OutputError: the disk is full or refuses. Whole lines stay, a part of a line is cut off, and the lines
+                that did not fit are dropped: they count as remaining.
+        """
+        self._flushed_at = time.monotonic()
+        self._results.flush()
+        self._errors.flush()
+
+    def close(self) -> None:
+        """Flush and close both files; they are closed even where flushing fails."""
+        try:
+            self._results.close()
+        finally:
+            self._errors.close()
+
+    def __enter__(self) -> ResultSink:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _LineFile:
+    """A file that lines are appended to, and that holds whole lines whatever happens."""
+
+    def __init__(self, path: Path, lines: int) -> None:
+        self.path = path
+        self.lines = lines
+        self.pending: list[bytes] = []
+        with output_errors(path):
+            self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            self._end = os.fstat(self._fd).st_size
+
+    def flush(self) -> None:
+        data = b"".join(self.pending)
+        self.pending.clear()
+        if not data:
+            return
+        written = 0
+        with output_errors(self.path):
+            try:
+                while written < len(data):
+                    written += os.write(self._fd, memoryview(data)[written:])
+                os.fsync(self._fd)
+            finally:
+                whole = data.rfind(b"\n", 0, written) + 1
+                self._end += whole
+                self.lines += data.count(b"\n", 0, whole)
+                if whole < len(data):
+                    # Where even this fails, the torn line is cut off by the next start.
+                    with contextlib.suppress(OSError):
+                        os.ftruncate(self._fd, self._end)
+
+    def close(self) -> None:
+        try:
+            self.flush()
+        finally:
+            os.close(self._fd)
+
+
+class _LineIndex:
+    """Where each line of a file lies: three int64 columns that grow by doubling."""
+
+    def __init__(self) -> None:
+        self._rows = np.empty((1024, 3), dtype=np.int64)
+        self._size = 0
+
+    def append(self, number: int, offset: int, length: int) -> None:
+        if self._size == len(self._rows):
+            self._rows = np.concatenate([self._rows, np.empty_like(self._rows)])
+        self._rows[self._size] = number, offset, length
+        self._size += 1
+
+    def columns(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        rows = self._rows[: self._size]
+        return rows[:, 0], rows[:, 1], rows[:, 2]
+
+
+def _scan(path: Path) -> Iterator[tuple[int, int, int | None, str | None]]:
+    """Offset and length of each line, its line of the job (None where it is not sound) and its error code."""
+    offset = 0
+    with path.open("rb") as file:
+        for raw in file:
+            number, code = None, None
+            with contextlib.suppress(ValueError):
+                number, code = read_line_number(raw)
+            yield offset, len(raw), number, code
+            offset += len(raw)
+
+
+def _recover_file(path: Path) -> tuple[npt.NDArray[np.int64], dict[str, int]]:
+    """Cut a torn last line off; the sorted lines of the job that it has, and how often it has each error code."""
+    codes: Counter[str] = Counter()
+    if not path.exists():
+        return np.empty(0, dtype=np.int64), {}
+    cut_torn_tail(path)
+    size = path.stat().st_size
+    index = _LineIndex()
+    for offset, length, number, code in _scan(path):
+        if number is not None:
+            index.append(number, offset, length)
+            codes.update([code] if code is not None else [])
+        elif offset + length == size:
+            with output_errors(path), path.open("r+b") as file:
+                _cut(file, offset, size)
+        else:
+            raise _unsound(path, f"the line at byte {offset} is not sound, and lines follow it")
+    numbers = np.sort(index.columns()[0])
+    again = numbers[1:][numbers[1:] == numbers[:-1]]
+    if again.size:
+        raise _unsound(path, f"line {again[0]} of the job is there twice")
+    return numbers, dict(codes)
+
+
+def _cut(file: Any, whole: int, size: int) -> None:
+    log.warning("cut a torn last line of %d bytes off %s", size - whole, file.name)
+    file.truncate(whole)
+    os.fsync(file.fileno())
+
+
+def _unsound(path: Path, reason: str) -> RunDirError:
+    return RunDirError(
+        f"{path} cannot be continued: {reason}",
+        hint="Repair the file, or start again with --fresh.",
+        code="run_dir_unsound",
+    )

@@ -1,0 +1,226 @@
+"""What happened, in numbers: a record of each step and the report of a job.
+
+`plan` and `run` fill the same types, so that planned and measured stand side by side; a plan leaves None what only
+a run can know.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+GROUPS_SHOWN = 100
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One step as it ran.
+
+    Attributes:
+        index: number of the step, from 0.
+        rows: rows (tokens) it computed, `prefill_rows + decode_rows`.
+        sampled: rows it sampled.
+        prefill_rows: rows of prompts and shared prefixes.
+        decode_rows: rows of tokens that were sampled before.
+        pages_used: KV pages taken while it ran.
+        seconds: time on the device; NaN where it was planned and not run.
+    """
+
+    index: int
+    rows: int
+    sampled: int
+    prefill_rows: int
+    decode_rows: int
+    pages_used: int
+    seconds: float = float("nan")
+
+
+_STEP_COLUMNS = np.dtype(
+    [
+        ("index", np.int64),
+        ("rows", np.int64),
+        ("sampled", np.int64),
+        ("prefill_rows", np.int64),
+        ("decode_rows", np.int64),
+        ("pages_used", np.int64),
+        ("seconds", np.float64),
+    ]
+)
+_step_row = attrgetter(*(_STEP_COLUMNS.names or ()))
+
+
+class StepLog:
+    """The records of all steps of a job, in columns; doubles its buffer, so that appending is cheap."""
+
+    __slots__ = ("_buffer", "_size")
+
+    def __init__(self, capacity: int = 1024) -> None:
+        self._buffer = np.empty(max(capacity, 1), dtype=_STEP_COLUMNS)
+        self._size = 0
+
+    def append(self, record: StepRecord) -> None:
+        """Add the record of the next step."""
+        if self._size == self._buffer.size:
+            grown = np.empty(2 * self._size, dtype=_STEP_COLUMNS)
+            grown[: self._size] = self._buffer
+            self._buffer = grown
+        self._buffer[self._size] = _step_row(record)
+        self._size += 1
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, step: int) -> StepRecord:
+        return StepRecord(*self.columns[step].item())
+
+    @property
+    def columns(self) -> npt.NDArray[np.void]:
+        """All records as a structured array `[steps]`: `columns["rows"]` is int64 `[steps]`, `columns["seconds"]`
+        float64; a view, good until the next append."""
+        return self._buffer[: self._size]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestCounts:
+    """What became of the lines of a job; `total = completed + failed + remaining` always.
+
+    Raises:
+        ValueError: the counts do not add up.
+    """
+
+    total: int
+    completed: int  # lines of results.jsonl: success
+    failed: int  # lines of errors.jsonl
+    remaining: int
+
+    def __post_init__(self) -> None:
+        counts = (self.completed, self.failed, self.remaining)
+        if min(counts) < 0 or sum(counts) != self.total:
+            raise ValueError(f"total {self.total} must be completed + failed + remaining, which are {counts}")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenCounts:
+    """Tokens of a job.
+
+    Attributes:
+        prompt_logical: sum of the prompts' lengths.
+        prompt_physical: tokens of the prefix forest: each distinct prefix once.
+        prompt_computed: prompt rows that are really run, recomputed ones included.
+        output: tokens of the answers; in a plan, those expected.
+    """
+
+    prompt_logical: int
+    prompt_physical: int
+    prompt_computed: int
+    output: int
+
+    @property
+    def saving(self) -> float:
+        """Share of the prompt tokens that sharing spares, 0 to 1."""
+        return 1 - self.prompt_physical / self.prompt_logical if self.prompt_logical else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Seconds:
+    """Where the time went; None for a stage that did not happen."""
+
+    total: float | None = None
+    load: float | None = None
+    tokenize: float | None = None
+    plan: float | None = None
+    execute: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Throughput:
+    """What was done per second of `Seconds.execute`; None where nothing was executed."""
+
+    requests_per_second: float | None = None
+    input_tokens_per_second: float | None = None  # logical prompt tokens
+    output_tokens_per_second: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class KvUse:
+    """KV memory of a job; `page_size` in tokens, `pages` those there are, `peak_pages` the most taken at once."""
+
+    page_size: int
+    pages: int
+    peak_pages: int
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSummary:
+    """A prefix-sharing group: `requests` of them share their first `prefix_tokens` tokens."""
+
+    id: int
+    prefix_tokens: int
+    requests: int
+
+
+@dataclass(frozen=True, slots=True)
+class Warned:
+    """A warning, once for all `count` places where it applies."""
+
+    code: str
+    count: int
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a job did, or what a plan says it will do.
+
+    Attributes:
+        request_counts: what became of the lines.
+        tokens, saving: what was computed, and the share of prompt tokens that sharing spared.
+        seconds, throughput: time and rates; None where unknown.
+        steps: forward passes.
+        kv: KV memory.
+        idle_rows: places of a step that a finished answer held without work.
+        padded_rows: rows computed beyond those of the steps.
+        preemptions: sequences put back to be computed again later.
+        prefix_evictions: shared prefixes whose KV was dropped while a reader was still to come.
+        finish_reasons: number of answers by reason (`stop`, `length`).
+        errors: number of failed lines by code.
+        warnings: what a person should know, each kind once.
+        groups: the largest prefix-sharing groups, largest first.
+        schedule_order: name of the order that requests were admitted in.
+        model, device, dtype: what ran it.
+        environment: versions and machine.
+    """
+
+    request_counts: RequestCounts
+    tokens: TokenCounts
+    saving: float
+    seconds: Seconds
+    throughput: Throughput
+    steps: int
+    kv: KvUse
+    idle_rows: int
+    padded_rows: int
+    preemptions: int
+    prefix_evictions: int
+    finish_reasons: dict[str, int]
+    errors: dict[str, int]
+    warnings: tuple[Warned, ...]
+    groups: tuple[GroupSummary, ...]
+    schedule_order: str
+    model: str
+    device: str
+    dtype: str
+    environment: dict[str, Any]
+
+
+def largest_groups(groups: Iterable[GroupSummary], limit: int = GROUPS_SHOWN) -> tuple[GroupSummary, ...]:
+    """The `limit` groups that spare most prompt tokens, most first; of equals the lower id first."""
+    return tuple(
+        heapq.nsmallest(limit, groups, key=lambda group: (-group.prefix_tokens * (group.requests - 1), group.id))
+    )

@@ -1,0 +1,429 @@
+"""What a sound line means, and what each sort of bad line gets."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batchrun.formats.job import lint_job, open_job, read_job
+from batchrun.request import Endpoint, JobLine, LineFault, LineOptions
+
+HELLO = {"role": "user", "content": "Hello"}
+
+
+def read(tmp_path: Path, *lines: Any) -> list[JobLine | LineFault]:
+    """Read a job of these lines: objects as JSON, bytes as they are."""
+    path = tmp_path / "jobs.jsonl"
+    path.write_bytes(b"\n".join(x if isinstance(x, bytes) else json.dumps(x).encode() for x in lines))
+    return list(read_job(open_job(path)))
+
+
+def chat(**body: Any) -> dict[str, Any]:
+    body = {"model": "m", "messages": [HELLO], **body}
+    return {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": body}
+
+
+def completion(**body: Any) -> dict[str, Any]:
+    return {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "Hello", **body}}
+
+
+def sound(tmp_path: Path, line: Any) -> JobLine:
+    (item,) = read(tmp_path, line)
+    assert isinstance(item, JobLine), item
+    return item
+
+
+def fault(tmp_path: Path, line: Any) -> LineFault:
+    """The fault of a line; the good lines before and after it are seen to be unharmed."""
+    before, item, after = read(tmp_path, {"id": "before", "prompt": "x"}, line, {"id": "after", "prompt": "y"})
+    assert before == JobLine(1, "before", Endpoint.COMPLETIONS, LineOptions(), prompts=("x",))
+    assert after == JobLine(3, "after", Endpoint.COMPLETIONS, LineOptions(), prompts=("y",))
+    assert isinstance(item, LineFault), item
+    assert item.number == 2
+    assert len(item.message) < 400
+    assert item.message.isprintable()
+    return item
+
+
+# --- sound lines ------------------------------------------------------------------------------------------------
+
+
+def test_openai_documented_line_is_read_unchanged(tmp_path):
+    documented = (
+        b'{"custom_id": "request-1", "method": "POST", "url": "/v1/chat/completions", "body": {"model": '
+        b'"gpt-3.5-turbo-0125", "messages": [{"role": "system", "content": "You are a helpful assistant."},'
+        b'{"role": "user", "content": "Hello world!"}],"max_tokens": 1000}}'
+    )
+    assert sound(tmp_path, documented) == JobLine(
+        number=1,
+        custom_id="request-1",
+        endpoint=Endpoint.CHAT,
+        options=LineOptions(max_tokens=1000),
+        messages=(
+            {"role": "system", "content": "You are a helpful assistant."},
+            {"role": "user", "content": "Hello world!"},
+        ),
+        model="gpt-3.5-turbo-0125",
+    )
+
+
+def test_every_sampling_field_is_read(tmp_path):
+    given: dict[str, Any] = {
+        "temperature": 1,
+        "top_p": 0.5,
+        "top_k": 40,
+        "min_p": 0.1,
+        "stop": ["\n", "END"],
+        "stop_token_ids": [2, 0],
+        "ignore_eos": True,
+        "min_tokens": 3,
+        "max_tokens": 7,
+        "seed": -(2**63),
+    }
+    want = LineOptions(**{**given, "stop": ("\n", "END"), "stop_token_ids": (2, 0)})
+    for line in (chat(**given), completion(**given), {"prompt": "Hello", **given}):
+        options = sound(tmp_path, line).options
+        assert options == want
+        assert type(options.temperature) is float
+
+
+def test_plain_prompt_with_fields_beside_it(tmp_path):
+    line = {"id": 7, "prompt": "Hello", "temperature": 0, "model": "m"}
+    want = JobLine(1, "7", Endpoint.COMPLETIONS, LineOptions(temperature=0.0), prompts=("Hello",), model="m")
+    assert sound(tmp_path, line) == want
+
+
+def test_plain_messages(tmp_path):
+    line = sound(tmp_path, {"custom_id": "a", "messages": [HELLO]})
+    assert line == JobLine(1, "a", Endpoint.CHAT, LineOptions(), messages=(HELLO,))
+
+
+def test_line_without_id_is_named_by_its_physical_number(tmp_path):
+    lines = read(tmp_path, b"", {"prompt": "a"}, b" \t ", {"custom_id": None, "prompt": "b"})
+    assert [line.custom_id for line in lines] == ["line-2", "line-4"]
+
+
+def test_max_completion_tokens_wins_and_null_is_absent(tmp_path):
+    assert sound(tmp_path, chat(max_completion_tokens=5, max_tokens=9)).options.max_tokens == 5
+    assert sound(tmp_path, chat(max_completion_tokens=None, max_tokens=9)).options.max_tokens == 9
+    assert sound(tmp_path, chat(temperature=None, stop=None, n=None, tools=None)).options == LineOptions()
+
+
+@pytest.mark.parametrize("given", [-1, 0])
+def test_top_k_off(tmp_path, given):
+    assert sound(tmp_path, chat(top_k=given)).options.top_k == 0
+
+
+def test_one_stop_string_is_a_list_of_one(tmp_path):
+    assert sound(tmp_path, chat(stop="END")).options.stop == ("END",)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [
+        ("text", ("text",)),
+        ([5, 0, 2**31 - 1], ((5, 0, 2**31 - 1),)),
+        (["a", "b"], ("a", "b")),
+        ([[1, 2], [3]], ((1, 2), (3,))),
+    ],
+)
+def test_completion_prompts(tmp_path, prompt, prompts):
+    assert sound(tmp_path, completion(prompt=prompt)).prompts == prompts
+
+
+def test_messages_of_every_role_and_content_parts(tmp_path):
+    parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
+    given = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": parts, "name": "Ann"},
+        {"role": "assistant", "content": "", "refusal": None, "tool_calls": [], "annotations": []},
+        {"role": "tool", "content": "42", "tool_call_id": "c1"},
+    ]
+    line = sound(tmp_path, chat(messages=given))
+    assert line.messages == (
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "one two", "name": "Ann"},
+        {"role": "assistant", "content": ""},
+        {"role": "tool", "content": "42", "tool_call_id": "c1"},
+    )
+    assert line.unknown_fields == ()
+
+
+@pytest.mark.parametrize(
+    "neutral",
+    [
+        {"n": 1, "best_of": 1, "stream": False, "logprobs": False, "top_logprobs": 0, "echo": False},
+        {"presence_penalty": 0, "frequency_penalty": 0.0, "repetition_penalty": 1.0, "logit_bias": {}},
+        {"response_format": {"type": "text"}, "tools": [], "tool_choice": "none", "parallel_tool_calls": True},
+        {"skip_special_tokens": True, "add_generation_prompt": True, "modalities": ["text"], "suffix": ""},
+        {"user": "u1", "metadata": {"k": "v"}, "store": True, "service_tier": "flex"},
+    ],
+)
+def test_neutral_values_and_informative_fields_say_nothing(tmp_path, neutral):
+    line = sound(tmp_path, chat(**neutral))
+    assert (line.options, line.unknown_fields) == (LineOptions(), ())
+
+
+def test_unknown_fields_are_collected_wherever_they_stand(tmp_path):
+    line = chat(temprature=1, messages=[{**HELLO, "mood": "glad"}])
+    line["priority"] = 3
+    assert sound(tmp_path, line).unknown_fields == ("priority", "messages.mood", "temprature")
+    assert sound(tmp_path, {"prompt": "a", "\x1b[31m": 1}).unknown_fields == ("\\x1b[31m",)
+
+
+# --- bad lines --------------------------------------------------------------------------------------------------
+
+NOT_JSON = {
+    "cut short": b'{"prompt": "a',
+    "two objects": b'{"prompt": "a"} {"prompt": "b"}',
+    "NaN": b'{"prompt": "a", "temperature": NaN}',
+    "Infinity": b'{"prompt": "a", "temperature": -Infinity}',
+    "number out of range": b'{"prompt": "a", "temperature": 1e999}',
+    "invalid UTF-8": b'{"prompt": "caf\xe9"}',
+    "raw surrogate": b'{"prompt": "\xed\xa0\x80"}',
+    "lone high surrogate": rb'{"prompt": "\ud800"}',
+    "lone low surrogate": rb'{"prompt": "\udc00 x"}',
+    "NUL byte": b'{"prompt": "a\x00b"}',
+    "NULs of a torn file": b"\x00" * 4096,
+    "UTF-16": '{"prompt": "a"}'.encode("utf-16-le"),
+    "nesting bomb": b"[" * 1_000_000,
+    "nesting bomb of objects": b'{"a":' * 1_000_000,
+    "single quotes": b"{'prompt': 'a'}",
+    "a list": b'[{"prompt": "a"}]',
+    "a string": b'"prompt"',
+    "a number": b"12",
+    "null": b"null",
+    "deep but closed": b"[" * 1000 + b"]" * 1000,
+}
+
+
+@pytest.mark.parametrize("line", NOT_JSON.values(), ids=NOT_JSON.keys())
+def test_not_a_json_object(tmp_path, line):
+    found = fault(tmp_path, line)
+    assert (found.code, found.custom_id, found.param) == ("invalid_json_line", "line-2", None)
+
+
+def test_json_fault_says_where_and_what(tmp_path):
+    nan = fault(tmp_path, NOT_JSON["NaN"]).message
+    assert "column 32" in nan
+    assert "'NaN}'" in nan
+    assert "byte 16 of the line is 0xe9" in fault(tmp_path, NOT_JSON["invalid UTF-8"]).message
+
+
+DEEP = json.loads("[" * 900 + "]" * 900)
+
+BAD_LINES = {
+    "custom_id empty": ({"custom_id": "", "prompt": "a"}, "invalid_request", "custom_id"),
+    "custom_id too long": ({"custom_id": "i" * 513, "prompt": "a"}, "invalid_request", "custom_id"),
+    "custom_id a number": ({"custom_id": 5, "prompt": "a"}, "invalid_request", "custom_id"),
+    "id a float": ({"id": 5.0, "prompt": "a"}, "invalid_request", "id"),
+    "id a boolean": ({"id": True, "prompt": "a"}, "invalid_request", "id"),
+    "neither prompt nor messages": ({"text": "a"}, "invalid_request", None),
+    "both prompt and messages": ({"prompt": "a", "messages": [HELLO]}, "invalid_request", "messages"),
+    "method not POST": ({**chat(), "method": "GET"}, "invalid_request", "method"),
+    "url missing": ({"custom_id": "a", "body": chat()["body"]}, "invalid_request", "url"),
+    "url unsupported": ({**chat(), "url": "/v1/embeddings"}, "unsupported_url", "url"),
+    "url not a text": ({**chat(), "url": ["/v1/completions"]}, "unsupported_url", "url"),
+    "body missing": ({"custom_id": "a", "url": "/v1/completions"}, "invalid_request", "body"),
+    "body a list": ({**chat(), "body": []}, "invalid_request", "body"),
+    "prompt for the other url": (
+        {**completion(), "url": "/v1/chat/completions"},
+        "invalid_request",
+        "body.messages",
+    ),
+    "prompt empty": (completion(prompt=""), "empty_prompt", "body.prompt"),
+    "prompt an empty list": (completion(prompt=[]), "empty_prompt", "body.prompt"),
+    "one of the prompts empty": (completion(prompt=["a", ""]), "empty_prompt", "body.prompt[1]"),
+    "one of the id lists empty": (completion(prompt=[[1], []]), "empty_prompt", "body.prompt[1]"),
+    "prompt a number": (completion(prompt=3), "invalid_request", "body.prompt"),
+    "prompts of two sorts": (completion(prompt=["a", 1]), "invalid_request", "body.prompt[1]"),
+    "token ids of two sorts": (completion(prompt=[1, "a"]), "invalid_request", "body.prompt[1]"),
+    "token id negative": (completion(prompt=[[1], [2, -1]]), "invalid_request", "body.prompt[1][1]"),
+    "token id too large": (completion(prompt=[2**31]), "invalid_request", "body.prompt[0]"),
+    "token id a boolean": (completion(prompt=[1, True]), "invalid_request", "body.prompt[1]"),
+    "prompt too deep": (completion(prompt=DEEP), "invalid_request", "body.prompt[0][0]"),
+    "messages empty": (chat(messages=[]), "empty_prompt", "body.messages"),
+    "messages a text": (chat(messages="Hello"), "invalid_request", "body.messages"),
+    "message a text": (chat(messages=[HELLO, "Hello"]), "invalid_request", "body.messages[1]"),
+    "role missing": (chat(messages=[{"content": "a"}]), "invalid_request", "body.messages[0].role"),
+    "role unknown": (chat(messages=[{"role": "bot", "content": "a"}]), "invalid_request", "body.messages[0].role"),
+    "role a list": (chat(messages=[{"role": [], "content": "a"}]), "invalid_request", "body.messages[0].role"),
+    "content null": (
+        chat(messages=[{"role": "user", "content": None}]),
+        "invalid_request",
+        "body.messages[0].content",
+    ),
+    "content a number": (
+        chat(messages=[{"role": "user", "content": 1}]),
+        "invalid_request",
+        "body.messages[0].content",
+    ),
+    "tool calls": (
+        chat(messages=[{"role": "assistant", "content": None, "tool_calls": [{"id": "c1"}]}]),
+        "unsupported_field",
+        "body.messages[0].tool_calls",
+    ),
+    "image part": (
+        chat(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),
+        "unsupported_field",
+        "body.messages[0].content[0].type",
+    ),
+    "text part without text": (
+        chat(messages=[{"role": "user", "content": [{"type": "text"}]}]),
+        "invalid_request",
+        "body.messages[0].content[0].text",
+    ),
+    "part a text": (
+        chat(messages=[{"role": "user", "content": ["a"]}]),
+        "invalid_request",
+        "body.messages[0].content[0]",
+    ),
+    "temperature above 2": (chat(temperature=2.1), "invalid_request", "body.temperature"),
+    "temperature a text": (chat(temperature="hot"), "invalid_request", "body.temperature"),
+    "temperature a boolean": (chat(temperature=True), "invalid_request", "body.temperature"),
+    "temperature too deep": (chat(temperature=DEEP), "invalid_request", "body.temperature"),
+    "top_p zero": (chat(top_p=0), "invalid_request", "body.top_p"),
+    "top_k below -1": (chat(top_k=-2), "invalid_request", "body.top_k"),
+    "min_p above 1": (chat(min_p=1.5), "invalid_request", "body.min_p"),
+    "max_tokens zero": (chat(max_tokens=0), "invalid_request", "body.max_tokens"),
+    "max_tokens bad under a good winner": (
+        chat(max_tokens="9", max_completion_tokens=5),
+        "invalid_request",
+        "body.max_tokens",
+    ),
+    "min_tokens above max_tokens": (chat(min_tokens=6, max_tokens=5), "invalid_request", "body.min_tokens"),
+    "seed beyond 64 bits": (chat(seed=2**63), "invalid_request", "body.seed"),
+    "seed far beyond": (chat(seed=10**40), "invalid_request", "body.seed"),
+    "stop with an empty text": (chat(stop=["a", ""]), "invalid_request", "body.stop"),
+    "stop of too many": (chat(stop=["a"] * 17), "invalid_request", "body.stop"),
+    "stop a number": (chat(stop=1), "invalid_request", "body.stop"),
+    "stop token a text": (chat(stop_token_ids=[1, "2"]), "invalid_request", "body.stop_token_ids[1]"),
+    "ignore_eos a number": (chat(ignore_eos=1), "invalid_request", "body.ignore_eos"),
+    "model a number": (chat(model=4), "invalid_request", "body.model"),
+    "plain form": ({"prompt": "a", "temperature": 9}, "invalid_request", "temperature"),
+}
+
+
+@pytest.mark.parametrize(("line", "code", "param"), BAD_LINES.values(), ids=BAD_LINES.keys())
+def test_bad_line(tmp_path, line, code, param):
+    found = fault(tmp_path, line)
+    assert (found.code, found.param) == (code, param)
+
+
+NOT_BUILT = {
+    "n": 2,
+    "best_of": 2,
+    "stream": True,
+    "logprobs": True,
+    "top_logprobs": 5,
+    "prompt_logprobs": 0,
+    "echo": True,
+    "presence_penalty": 0.5,
+    "frequency_penalty": -1,
+    "repetition_penalty": 1.1,
+    "logit_bias": {"50256": -100},
+    "response_format": {"type": "json_object"},
+    "tools": [{"type": "function"}],
+    "tool_choice": "required",
+    "functions": [{"name": "f"}],
+    "function_call": {"name": "f"},
+    "structured_outputs": {"choice": ["a"]},
+    "guided_json": {"type": "object"},
+    "guided_regex": "a+",
+    "guided_choice": ["a"],
+    "guided_grammar": "root ::= 'a'",
+    "bad_words": ["a"],
+    "truncate_prompt_tokens": 5,
+    "include_stop_str_in_output": True,
+    "skip_special_tokens": False,
+    "chat_template_kwargs": {"enable_thinking": False},
+    "reasoning_effort": "low",
+    "modalities": ["text", "audio"],
+    "audio": {"voice": "alloy"},
+    "prediction": {"type": "content"},
+    "suffix": "end",
+    "add_generation_prompt": False,
+    "continue_final_message": True,
+}
+
+
+@pytest.mark.parametrize(("name", "value"), NOT_BUILT.items())
+def test_field_that_is_not_built_is_refused_by_name(tmp_path, name, value):
+    for line, param in ((chat(**{name: value}), f"body.{name}"), ({"prompt": "a", name: value}, name)):
+        found = fault(tmp_path, line)
+        assert (found.code, found.param) == ("unsupported_field", param)
+        assert name in found.message
+
+
+def test_true_is_not_one(tmp_path):
+    assert fault(tmp_path, chat(n=True)).code == "unsupported_field"
+    assert fault(tmp_path, chat(presence_penalty=False)).code == "unsupported_field"
+
+
+def test_first_fault_in_the_lines_own_order_is_reported(tmp_path):
+    assert fault(tmp_path, chat(top_p=9, temperature=9)).param == "body.top_p"
+    assert fault(tmp_path, chat(temperature=9, top_p=9)).param == "body.temperature"
+
+
+def test_message_says_what_would_be_right_and_quotes_what_is_wrong(tmp_path):
+    found = fault(tmp_path, chat(temperature="\x1b[2J" + "hot " * 1000))
+    assert found.message.startswith("temperature must be a number from 0 to 2, and is '\\x1b[2Jhot")
+    assert len(found.message) < 120
+    assert "(write 5), and is 5.0" in fault(tmp_path, chat(max_tokens=5.0)).message
+    url = fault(tmp_path, {**chat(), "url": "/v1/embeddings"}).message
+    assert all(endpoint in url for endpoint in Endpoint)
+
+
+def test_fault_carries_the_lines_own_id(tmp_path):
+    assert fault(tmp_path, chat(temperature=9)).custom_id == "a"
+    assert fault(tmp_path, {**chat(), "custom_id": ["x"]}).custom_id == "line-2"
+
+
+def test_first_of_a_custom_id_runs_and_each_later_line_is_a_duplicate(tmp_path):
+    one, *others = read(
+        tmp_path, {"id": 1, "prompt": "a"}, {"custom_id": "1", "prompt": "b"}, {"id": 1, "prompt": "a"}
+    )
+    assert isinstance(one, JobLine)
+    for number, other in enumerate(others, 2):
+        assert isinstance(other, LineFault)
+        assert (other.number, other.code, other.custom_id) == (number, "duplicate_custom_id", "1")
+        assert "line 1" in other.message
+
+
+def test_explicit_id_that_equals_a_missing_one(tmp_path):
+    codes = [getattr(x, "code", None) for x in read(tmp_path, {"id": "line-2", "prompt": "a"}, {"prompt": "b"})]
+    assert codes == [None, "duplicate_custom_id"]
+    codes = [getattr(x, "code", None) for x in read(tmp_path, {"prompt": "a"}, {"id": "line-1", "prompt": "b"})]
+    assert codes == [None, "duplicate_custom_id"]
+
+
+def test_faulty_line_keeps_its_id_from_being_used_again(tmp_path):
+    codes = [getattr(x, "code", None) for x in read(tmp_path, chat(temperature=9), chat())]
+    assert codes == ["invalid_request", "duplicate_custom_id"]
+
+
+# --- lint -------------------------------------------------------------------------------------------------------
+
+
+def test_lint_counts(tmp_path):
+    lines = [
+        {"id": "a", "prompt": "a", "mood": 1, "model": "m"},
+        b"",
+        {"id": "b", "prompt": "b", "mood": 2, "tone": 1, "model": "m"},
+        b"nonsense",
+        {"id": "a", "prompt": "c"},
+        {"id": "d", "prompt": "d"},
+    ]
+    items = read(tmp_path, *lines)
+    source = open_job(tmp_path / "jobs.jsonl")
+    lint = lint_job(source)
+    assert (lint.total, lint.sound) == (5, 3)
+    assert lint.faults == [item for item in items if isinstance(item, LineFault)]
+    assert [f.number for f in lint.faults] == [4, 5]
+    assert lint.unknown_fields == Counter(mood=2, tone=1)
+    assert lint.models == Counter(m=2)
+    assert lint.fingerprint == source.fingerprint()

@@ -1,0 +1,121 @@
+"""Workers that compute nothing and believe nothing: they follow the pages and check what every row can see."""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+
+from batchrun.request import Requests, SamplingParams
+from batchrun.schedule.step import Step, StepOutput
+from batchrun.tokens import TokenTable
+
+
+def next_token(context: list[int], vocabulary: int = 50) -> int:
+    """A "model": the next token depends on every token before it."""
+    return zlib.crc32(np.asarray(context, dtype=np.int32).tobytes()) % vocabulary
+
+
+def answer(prompt: list[int], limit: int, end: int | None, vocabulary: int = 50) -> list[int]:
+    """What the "model" answers when it runs alone."""
+    sampled: list[int] = []
+    while len(sampled) < limit and (not sampled or sampled[-1] != end):
+        sampled.append(next_token(prompt + sampled, vocabulary))
+    return sampled
+
+
+def make_requests(prompts: list[list[int]], limits: list[int], *, ignore_eos: bool = False) -> Requests:
+    """Requests as the pipeline would make them, one a line."""
+    count = len(prompts)
+    return Requests(
+        tokens=TokenTable.from_rows(prompts),
+        line=np.arange(count, dtype=np.int32),
+        sampling_id=np.zeros(count, dtype=np.int32),
+        sampling=[SamplingParams(temperature=0.0, ignore_eos=ignore_eos)],
+        max_new_tokens=np.asarray(limits, dtype=np.int32),
+        seed=np.arange(count, dtype=np.uint64),
+        line_numbers=np.arange(1, count + 1, dtype=np.int32),
+        custom_ids=[f"r{i}" for i in range(count)],
+        endpoints=[],
+    )
+
+
+class ContextWorker:
+    """Keeps, in place of K and V, the token and the position of each place of the pool; checks that every row sees
+    the whole of its context, each token once, and samples by `next_token`."""
+
+    def __init__(self, requests: Requests, page_size: int, pages: int, *, end: int | None = None) -> None:
+        self.requests = requests
+        self.page_size = page_size
+        self.end = end
+        self.token = np.full(pages * page_size, -1)
+        self.position = np.full(pages * page_size, -1)
+        self.owner = np.full(pages, -1)
+        self.pages_of: dict[int, list[int]] = {}
+        self.sampled: dict[int, list[int]] = {}
+        self.steps: list[Step] = []
+
+    def submit(self, step: Step) -> None:
+        self.steps.append(step)
+
+    def close(self) -> None:
+        pass
+
+    def collect(self) -> StepOutput:
+        step = self.steps[-1]
+        for slot in step.releases.tolist():
+            for page in self.pages_of.pop(slot):
+                assert self.owner[page] == slot
+                self.owner[page] = -1
+        for slot, page in zip(step.grant_sequence.tolist(), step.grant_page.tolist(), strict=True):
+            assert self.owner[page] == -1, "a page has two owners"
+            self.owner[page] = slot
+            self.pages_of.setdefault(slot, []).append(page)
+            self.token[page * self.page_size : (page + 1) * self.page_size] = -1
+        first_row = np.cumsum(step.length) - step.length
+        assert int(step.length.sum()) == step.num_rows
+        assert len(set(step.sequence.tolist())) == step.sequence.size
+        # Store what all rows bring, then look.
+        for c, slot in enumerate(step.sequence.tolist()):
+            for k in range(int(step.length[c])):
+                place = self.place(slot, int(step.start[c]) + k)
+                self.token[place] = step.token_ids[first_row[c] + k]
+                self.position[place] = step.depth[c] + step.start[c] + k
+        reads = step.prefix_reads
+        assert list(zip(reads.level, reads.first_row, strict=True)) == sorted(
+            zip(reads.level, reads.first_row, strict=True)
+        )
+        tokens, ended = [], []
+        for c, slot in enumerate(step.sequence.tolist()):
+            seen: list[int] = []
+            for j in range(reads.level.size):
+                low, high = int(reads.first_row[j]), int(reads.first_row[j] + reads.rows[j])
+                mine = range(int(first_row[c]), int(first_row[c] + step.length[c]))
+                if low <= mine[0] < high:
+                    assert low <= mine[-1] < high, "a read ends inside a chunk"
+                    assert reads.position[j] == len(seen)
+                    seen += self.read(int(reads.sequence[j]), int(reads.length[j]), len(seen))
+            assert len(seen) == step.depth[c]
+            seen += self.read(slot, int(step.start[c] + step.length[c]), len(seen))
+            request = int(step.request[c])
+            if request < 0:
+                assert not step.samples[c]
+                continue
+            done = self.sampled.setdefault(request, [])
+            whole = self.requests.tokens[request].tolist() + done
+            assert seen == whole[: len(seen)]
+            assert step.num_sampled[c] == len(done)
+            assert step.samples[c] == (len(seen) == len(whole))
+            if step.samples[c]:
+                done.append(next_token(seen))
+                tokens.append(done[-1])
+                ended.append(done[-1] == self.end)
+        return StepOutput(np.array(tokens, dtype=np.int32), np.array(ended, dtype=bool), 0.0)
+
+    def place(self, slot: int, own: int) -> int:
+        return self.pages_of[slot][own // self.page_size] * self.page_size + own % self.page_size
+
+    def read(self, slot: int, length: int, position: int) -> list[int]:
+        places = [self.place(slot, own) for own in range(length)]
+        assert self.position[places].tolist() == list(range(position, position + length)), "KV of another time"
+        return self.token[places].tolist()

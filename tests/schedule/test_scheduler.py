@@ -1,0 +1,190 @@
+"""Whatever the job, the memory and the order: every row sees its whole context, every request gets its answer."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import ContextWorker, answer, make_requests
+
+from batchrun.plan.memory import MemoryBudget
+from batchrun.plan.order import ORDERS
+from batchrun.plan.planner import Plan, PlanOptions, make_plan, pages_needed
+from batchrun.prefix.forest import build_forest
+from batchrun.request import FinishReason, Requests
+from batchrun.run.simulate import SimulatedWorker
+from batchrun.schedule.pages import PagePool
+from batchrun.schedule.scheduler import Finished, Scheduler
+from batchrun.specs import ModelSpec
+
+# Rows are dear and merges cheap, so that small jobs share on all levels.
+MODEL = ModelSpec("llama", 50, 4096, 16384, 1, 1, 1, 1, 4096, None, "float32")
+
+
+def plan_of(requests: Requests, *, pages: int, page_size: int, **options: object) -> Plan:
+    settings_of = {"schedule_order": "dfs", "grouping": "tree", "step_tokens": 16} | options
+    budget = MemoryBudget(page_size=page_size, pages=pages, page_bytes=1, weight_bytes=0)
+    return make_plan(requests, build_forest(requests.tokens), MODEL, budget, PlanOptions(**settings_of))  # type: ignore[arg-type]
+
+
+def run(plan: Plan, requests: Requests, worker: ContextWorker | SimulatedWorker) -> tuple[Scheduler, list[Finished]]:
+    scheduler = Scheduler(plan, requests)
+    finished: list[Finished] = []
+    while (step := scheduler.schedule()) is not None:
+        worker.submit(step)
+        finished += scheduler.update(step, worker.collect())
+    return scheduler, finished
+
+
+jobs = st.lists(
+    st.tuples(st.lists(st.integers(0, 2), min_size=1, max_size=12), st.integers(1, 9)), min_size=1, max_size=14
+)
+
+
+@given(
+    job=jobs,
+    page_size=st.sampled_from([1, 3, 4]),
+    extra=st.integers(0, 20),
+    step_tokens=st.integers(1, 24),
+    order=st.sampled_from(sorted(ORDERS)),
+    grouping=st.sampled_from(["tree", "none"]),
+    end=st.sampled_from([None, 7]),
+    first_guess=st.sampled_from([1, 4, 100]),
+)
+@settings(max_examples=400, deadline=None)
+def test_every_request_gets_the_answer_it_would_get_alone(
+    job: list[tuple[list[int], int]],
+    page_size: int,
+    extra: int,
+    step_tokens: int,
+    order: str,
+    grouping: str,
+    end: int | None,
+    first_guess: int,
+) -> None:
+    prompts, limits = [p for p, _ in job], [n for _, n in job]
+    requests = make_requests(prompts, limits)
+    options = {
+        "step_tokens": step_tokens, "schedule_order": order, "grouping": grouping, "first_guess": first_guess
+    }
+    # Just enough pages for the request that needs most, and a few more.
+    plan = plan_of(requests, pages=1, page_size=page_size, **options)
+    pages = int(pages_needed(plan.groups, requests, plan.budget).max()) + extra
+    plan = plan_of(requests, pages=pages, page_size=page_size, **options)
+    worker = ContextWorker(requests, page_size, pages, end=end)
+    scheduler, finished = run(plan, requests, worker)
+
+    assert sorted(f.request for f in finished) == list(range(len(job)))
+    for f in finished:
+        alone = answer(prompts[f.request], limits[f.request], end)
+        assert f.token_ids.tolist() == alone
+        assert f.ended == (alone[-1] == end)
+        assert f.reason is (FinishReason.STOP if f.ended else FinishReason.LENGTH)
+        assert f.cached_tokens == plan.groups.request_depth[f.request]
+    assert scheduler.pool.num_used == 0
+    assert scheduler.pool.peak_used <= pages
+    rows = sum(step.num_rows for step in worker.steps)
+    counters = scheduler.counters
+    assert counters.sampled == sum(f.token_ids.size for f in finished)
+    fewest = int(plan.groups.length.sum() + (requests.tokens.lengths - plan.groups.request_depth).sum())
+    assert fewest <= counters.prompt_computed <= fewest + counters.recomputed
+    # A row is a prompt token, or the input of a token sampled after the first, or was computed before.
+    assert rows == fewest + counters.sampled - len(job) + counters.recomputed
+    for step in worker.steps:
+        decodes = int((step.samples & (step.num_sampled > 0) & (step.length == 1)).sum())
+        assert step.num_rows <= max(step_tokens, decodes)
+
+
+def test_readers_of_a_prefix_start_in_the_step_that_completes_it() -> None:
+    requests = make_requests([[5] * 8 + [i] for i in range(4)], [2] * 4)
+    plan = plan_of(requests, pages=100, page_size=4, step_tokens=100)
+    worker = ContextWorker(requests, 4, 100)
+    run(plan, requests, worker)
+    assert [step.num_rows for step in worker.steps] == [8 + 4, 4]
+    first = worker.steps[0]
+    assert first.request.tolist() == [-1, 0, 1, 2, 3]
+    assert first.prefix_reads.first_row.tolist() == [8]
+    assert first.prefix_reads.rows.tolist() == [4]
+
+
+def test_prefill_fills_the_steps_that_decode() -> None:
+    requests = make_requests([[i] * 6 for i in range(1, 9)], [4] * 8, ignore_eos=True)
+    plan = plan_of(requests, pages=100, page_size=4, step_tokens=8)
+    worker = ContextWorker(requests, 4, 100)
+    run(plan, requests, worker)
+    mixed = [s for s in worker.steps if 0 < int((s.num_sampled[s.samples] > 0).sum()) < s.num_rows]
+    assert len(mixed) >= 6
+    # Full steps until the last prompt has been computed.
+    last_prefill = max(i for i, s in enumerate(worker.steps) if (s.num_sampled == 0).any())
+    assert all(s.num_rows == 8 for s in worker.steps[:last_prefill])
+
+
+def test_pages_of_a_prefix_are_neighbours_and_live_as_long_as_its_readers() -> None:
+    prompts = [[g] * 9 + [10 + i] for g in range(3) for i in range(3)]
+    requests = make_requests(prompts, [3] * 9, ignore_eos=True)
+    plan = plan_of(requests, pages=7, page_size=4, step_tokens=100)
+    worker = ContextWorker(requests, 4, 7)
+    scheduler, _ = run(plan, requests, worker)
+    for step in worker.steps:
+        prefix = step.grant_page[np.isin(step.grant_sequence, step.sequence[step.request < 0])]
+        assert (np.diff(prefix) == 1).all()
+    assert scheduler.counters.preemptions == scheduler.counters.prefix_evictions == 0
+    assert scheduler.counters.prompt_computed == 3 * 9 + 9
+
+
+@pytest.mark.parametrize("order", ["input", "shuffle"])
+def test_orders_that_scatter_readers_evict_prefixes_and_still_finish(order: str) -> None:
+    prompts = [[g] * 9 + [10 + i] for i in range(6) for g in range(5)]
+    requests = make_requests(prompts, [2] * 30, ignore_eos=True)
+    plan = plan_of(requests, pages=8, page_size=4, schedule_order=order)
+    worker = ContextWorker(requests, 4, 8)
+    scheduler, finished = run(plan, requests, worker)
+    assert len(finished) == 30
+    assert scheduler.counters.prefix_evictions > 0
+
+
+def test_answers_longer_than_expected_preempt_and_are_not_lost() -> None:
+    requests = make_requests([[i, i] for i in range(1, 9)], [20] * 8)
+    plan = plan_of(requests, pages=12, page_size=2, first_guess=1)
+    worker = ContextWorker(requests, 2, 12)
+    scheduler, finished = run(plan, requests, worker)
+    assert scheduler.counters.preemptions > 0
+    assert [f.token_ids.tolist() for f in sorted(finished, key=lambda f: f.request)] == [
+        answer([i, i], 20, None) for i in range(1, 9)
+    ]
+
+
+def test_a_simulated_run_takes_the_steps_of_a_real_one() -> None:
+    prompts = [[g] * 20 + [g, i] for g in range(4) for i in range(6)]
+    requests = make_requests(prompts, [1 + i % 5 for i in range(24)], ignore_eos=True)
+    plan = plan_of(requests, pages=40, page_size=4)
+    real = ContextWorker(requests, 4, 40)
+    run(plan, requests, real)
+    scheduler = Scheduler(plan, requests)
+    simulated = SimulatedWorker(plan.expected_new_tokens)
+    for expected in real.steps:
+        step = scheduler.schedule()
+        assert step is not None
+        for column in ("sequence", "request", "start", "length", "samples", "releases", "grant_sequence", "grant_page"):
+            assert np.array_equal(getattr(step, column), getattr(expected, column)), column
+        simulated.submit(step)
+        scheduler.update(step, simulated.collect())
+    assert scheduler.schedule() is None
+
+
+def test_the_pool_prefers_neighbours_and_refuses_double_returns() -> None:
+    pool = PagePool(8)
+    first = pool.take(3)
+    assert first.tolist() == [0, 1, 2]
+    assert pool.take(1).tolist() == [3]
+    pool.give_back(first)
+    assert pool.take(4).tolist() == [4, 5, 6, 7]
+    assert pool.take(2, after=0).tolist() == [1, 2]
+    assert pool.take(1).tolist() == [0]
+    assert (pool.num_free, pool.peak_used) == (0, 8)
+    with pytest.raises(ValueError, match="1 pages asked for, 0 free"):
+        pool.take(1)
+    pool.give_back(first)
+    with pytest.raises(ValueError, match="twice"):
+        pool.give_back(first)
