@@ -87,12 +87,8 @@ class SamplingConfig(_Section):
     stop_token_ids: Annotated[tuple[int, ...], BeforeValidator(_one_or_many)] | None = Field(
         default=None, description="Token ids that end an answer; they are not part of its text."
     )
-    ignore_eos: bool | None = Field(
-        default=None, description="Go on past end-of-text tokens, up to the token limit."
-    )
-    min_tokens: int | None = Field(
-        default=None, ge=0, description="Tokens of an answer before it may end by itself."
-    )
+    ignore_eos: bool | None = Field(default=None, description="Go on past end-of-text tokens, up to the token limit.")
+    min_tokens: int | None = Field(default=None, ge=0, description="Tokens of an answer before it may end by itself.")
 
 
 class SchedulerConfig(_Section):
@@ -166,9 +162,7 @@ class RunConfig(_Section):
         default="completion",
         description="Order of results.jsonl at the end of the run; while it runs, as answers finish.",
     )
-    schedule_order: str = Field(
-        default="dfs", description="Order in which prompts start; it never changes results."
-    )
+    schedule_order: str = Field(default="dfs", description="Order in which prompts start; it never changes results.")
     strict: bool = Field(default=False, description="Refuse the whole job if any line of it is bad.")
     fresh: bool = Field(default=False, description="Start again beside what is already in the run directory.")
     revision: str | None = Field(default=None, description="Branch, tag or commit of a model on the hub.")

@@ -131,9 +131,7 @@ def _local(
     hint: str | None = None,
 ) -> ModelDir:
     if revision is not None:
-        raise UsageError(
-            f"--revision {revision} means nothing for {name}, which is a directory.", hint="Leave it out."
-        )
+        raise UsageError(f"--revision {revision} means nothing for {name}, which is a directory.", hint="Leave it out.")
     fault = _fault(folder, weights)
     if fault:
         raise _incomplete(f"The model directory {folder} {fault}", folder, hint)
@@ -195,8 +193,7 @@ def _from_hub(name: str, hub_id: str, revision: str | None, weights: bool) -> Mo
         ) from error
     except Exception as error:  # whatever else the client raises, the model could not be fetched
         raise _not_found(
-            f"{tried}, and it could not be downloaded from {constants.ENDPOINT}: "
-            f"{_one_line(error.__cause__ or error)}",
+            f"{tried}, and it could not be downloaded from {constants.ENDPOINT}: {_one_line(error.__cause__ or error)}",
             f"Check the connection and try again (what was downloaded stays), {or_a_directory}",
         ) from error
     fault = _fault(folder, weights)

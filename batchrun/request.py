@@ -162,6 +162,25 @@ class Requests:
             seed=int(self.seed[index]),
         )
 
+    def take_lines(self, lines: npt.NDArray[np.int64]) -> Requests:
+        """Only the requests of the given lines.
+
+        Args:
+            lines: int64, indices into `line_numbers`, ascending.
+        """
+        rows = np.flatnonzero(np.isin(self.line, lines))
+        return Requests(
+            tokens=self.tokens.take(rows),
+            line=np.searchsorted(lines, self.line[rows]).astype(np.int32),
+            sampling_id=self.sampling_id[rows],
+            sampling=self.sampling,
+            max_new_tokens=self.max_new_tokens[rows],
+            seed=self.seed[rows],
+            line_numbers=self.line_numbers[lines],
+            custom_ids=[self.custom_ids[line] for line in lines],
+            endpoints=[self.endpoints[line] for line in lines],
+        )
+
     @property
     def ignore_eos(self) -> npt.NDArray[np.bool_]:
         """Whether the answer's length is known beforehand: it runs to its limit and nothing can stop it."""

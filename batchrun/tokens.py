@@ -55,6 +55,12 @@ class TokenTable:
         """Where row `row` lies in `ids`."""
         return Span(int(self.offsets[row]), int(self.offsets[row + 1]))
 
+    def take(self, rows: npt.NDArray[np.int64]) -> TokenTable:
+        """A new table of some of the rows."""
+        parts = [self[row] for row in rows]
+        offsets = np.concatenate(([0], np.cumsum(self.lengths[rows])))
+        return TokenTable(np.concatenate([np.empty(0, dtype=np.int32), *parts]), offsets.astype(np.int64))
+
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
         """Tokens of each row, int64 `[rows]`."""

@@ -89,9 +89,9 @@ def all_turns(rng: random.Random, table: Table) -> list[Turn]:
     turns = []
     for row in table.rows:
         count = rng.choice(COUNT_QUESTIONS).format(item=row.item)
-        turns.append(Turn(count, f"The {row.item} fill {row.boxes} boxes."))
+        turns.append(Turn(count, f"Stock of {row.item}: {row.boxes} boxes."))
         where = rng.choice(SHELF_QUESTIONS).format(item=row.item)
-        turns.append(Turn(where, f"The {row.item} are on shelf {row.shelf}."))
+        turns.append(Turn(where, f"Place of {row.item}: shelf {row.shelf}."))
     rng.shuffle(turns)
     return turns
 
@@ -117,6 +117,13 @@ def recited_table(rng: random.Random, n_rows: int, keep: float) -> list[Segment]
         Segment("".join(row.line(wording) for row in rows)),
         Segment("".join(row.line(wording) for row in again), Supervise.VALUES),
     ]
+
+
+def stated_answers(rng: random.Random, n_rows: int) -> list[Segment]:
+    """The lines of a table, then the answers to all questions about it, without the questions."""
+    table = draw_table(rng, n_rows)
+    answers = "".join(f"\n{turn.answer}" for turn in all_turns(rng, table))
+    return [Segment("".join(row.line() for row in table.rows)), Segment(answers, Supervise.VALUES)]
 
 
 def conversation(table: Table, turns: list[Turn]) -> list[Segment]:

@@ -290,6 +290,4 @@ def test_lines_without_a_seed_get_distinct_ones_that_depend_on_the_run():
 
 def test_reading_the_configuration_loads_neither_torch_nor_transformers():
     code = "import sys, batchrun.config, batchrun.models; print({'torch', 'transformers'} & set(sys.modules))"
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
-    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

@@ -268,9 +268,7 @@ tokenizer = load_tokenizer(Path({str(folder)!r}))
 assert tokenizer.decode(ids) == "hello" and isinstance(chat, list)
 print("torch" in sys.modules)
 """
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
-    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 
 # --- incremental decoding

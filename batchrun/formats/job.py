@@ -16,6 +16,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -214,14 +215,17 @@ class JobLint:
     fingerprint: str = ""
 
 
-def lint_job(source: JobSource) -> JobLint:
-    """Read the whole job once and count.
+def lint_job(source: JobSource, limit: int | None = None) -> JobLint:
+    """Read the job once and count.
+
+    Args:
+        limit: look at this many non-blank lines from the top only; the fingerprint is of the whole file.
 
     Raises:
         UsageError: as `JobSource.lines`.
     """
     lint = JobLint()
-    for item in read_job(source):
+    for item in islice(read_job(source), limit):
         lint.total += 1
         if isinstance(item, LineFault):
             lint.faults.append(item)

@@ -38,7 +38,7 @@ SCHEMA_VERSION = 1
 RESULTS, ERRORS, RUN = "results.jsonl", "errors.jsonl", "run.json"
 LOCK = "lock"
 # run.json goes first when a run is moved aside: without it, what is left is taken for no run at all.
-RUN_FILES = (RUN, RESULTS, ERRORS, "plan.json", "steps.jsonl", "report.json", "report.html", "run.log")
+RUN_FILES = (RUN, RESULTS, ERRORS, "plan.json", "steps.jsonl", "report.json", "report.html", "run.log", "job.jsonl")
 
 BYTES_PER_TOKEN = 6  # of answer text: English has 4 to 5, code and most other scripts less than 6
 BYTES_PER_LINE = 700  # of a result line around its text, with a custom_id of some 50 characters
@@ -76,6 +76,16 @@ def write_json_atomic(path: Path, value: Any) -> None:
     """
     with _replacing(path) as file:
         file.write(encode_json(value, indent=True))
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Write `text` in UTF-8, whole or not at all, as `write_json_atomic` does.
+
+    Raises:
+        OutputError: it cannot be written; the old file is as it was.
+    """
+    with _replacing(path) as file:
+        file.write(text.encode())
 
 
 def document(value: Any) -> dict[str, Any]:

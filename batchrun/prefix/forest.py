@@ -122,9 +122,7 @@ def build_forest(tokens: TokenTable) -> PrefixForest:
         leader = members[part]
         run = lengths[leader] - part_depth
         shared = part_size > 1
-        run[shared] = _common_run(
-            ids, offsets, lengths, members, part[shared], part_size[shared], part_depth[shared]
-        )
+        run[shared] = _common_run(ids, offsets, lengths, members, part[shared], part_size[shared], part_depth[shared])
 
         numbers = np.arange(made_count, made_count + part.size, dtype=np.int32)
         made_count += part.size
@@ -203,9 +201,7 @@ def _common_run(
         width = np.minimum(limit[active] - run[active], _WINDOW)
         agreed = width.copy()
         # Blocks of parts so that the windows of all their members fit in bounded memory.
-        blocks = np.searchsorted(
-            np.cumsum(part_size[active]), np.arange(_BLOCK, int(part_size[active].sum()), _BLOCK)
-        )
+        blocks = np.searchsorted(np.cumsum(part_size[active]), np.arange(_BLOCK, int(part_size[active].sum()), _BLOCK))
         for chosen in np.split(np.arange(active.size), np.unique(blocks)):
             if not chosen.size:
                 continue

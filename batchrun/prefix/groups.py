@@ -132,16 +132,12 @@ def choose_groups(
     )
 
 
-def _no_node(
-    forest: PrefixForest, shared: Bool, end: Int32, expected_new_tokens: Int32, merge_cost: float
-) -> Bool:
+def _no_node(forest: PrefixForest, shared: Bool, end: Int32, expected_new_tokens: Int32, merge_cost: float) -> Bool:
     """`none`: share nothing; the control."""
     return np.zeros_like(shared)
 
 
-def _by_cost(
-    forest: PrefixForest, shared: Bool, end: Int32, expected_new_tokens: Int32, merge_cost: float
-) -> Bool:
+def _by_cost(forest: PrefixForest, shared: Bool, end: Int32, expected_new_tokens: Int32, merge_cost: float) -> Bool:
     """`tree`: keep a node where computing it once saves more than one more merge in every row below it costs.
 
     From the leaves up: a node that is given up is computed again by each of its units (kept nodes and requests
@@ -193,6 +189,4 @@ def _paths(parent: Int32) -> Int32:
     missing = (path < 0).sum(axis=1)
     column = np.arange(path.shape[1]) + missing[:, None]
     inside = column < path.shape[1]
-    return np.where(inside, path[np.arange(parent.size)[:, None], np.where(inside, column, 0)], -1).astype(
-        np.int32
-    )
+    return np.where(inside, path[np.arange(parent.size)[:, None], np.where(inside, column, 0)], -1).astype(np.int32)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from batchrun.plan.lengths import OutputLengths
-from batchrun.plan.planner import Plan
+from batchrun.planning.lengths import OutputLengths
+from batchrun.planning.planner import Plan
 from batchrun.request import FinishReason, Requests
 from batchrun.schedule.pages import PagePool
 from batchrun.schedule.sequence import Sequences
@@ -68,7 +68,7 @@ class Counters:
 class Scheduler:
     """Turns a plan into steps. `schedule()` gives the next step, `update()` takes what it brought.
 
-    Every request must fit into the pool on its own, with its prefixes (`plan.planner.pages_needed`).
+    Every request must fit into the pool on its own, with its prefixes (`planning.planner.pages_needed`).
     """
 
     def __init__(self, plan: Plan, requests: Requests) -> None:

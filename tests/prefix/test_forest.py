@@ -108,9 +108,7 @@ def test_groups_cover_each_prompt_once(prompts: list[list[int]], grouping: str, 
     assert sorted(ranks) == list(range(len(groups) + len(prompts)))
     for g in range(len(groups)):
         readers = [
-            r
-            for r in range(len(prompts))
-            if groups.request_group[r] >= 0 and g in groups.path[groups.request_group[r]]
+            r for r in range(len(prompts)) if groups.request_group[r] >= 0 and g in groups.path[groups.request_group[r]]
         ]
         assert len(readers) == groups.requests[g] >= 2
         inside = [

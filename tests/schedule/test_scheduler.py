@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import ContextWorker, answer, make_requests
 
-from batchrun.plan.memory import MemoryBudget
-from batchrun.plan.order import ORDERS
-from batchrun.plan.planner import Plan, PlanOptions, make_plan, pages_needed
+from batchrun.planning.memory import MemoryBudget
+from batchrun.planning.order import ORDERS
+from batchrun.planning.planner import Plan, PlanOptions, make_plan, pages_needed
 from batchrun.prefix.forest import build_forest
 from batchrun.request import FinishReason, Requests
-from batchrun.run.simulate import SimulatedWorker
+from batchrun.execution.simulate import SimulatedWorker
 from batchrun.schedule.pages import PagePool
 from batchrun.schedule.scheduler import Finished, Scheduler
 from batchrun.specs import ModelSpec
@@ -65,9 +65,7 @@ def test_every_request_gets_the_answer_it_would_get_alone(
 ) -> None:
     prompts, limits = [p for p, _ in job], [n for _, n in job]
     requests = make_requests(prompts, limits)
-    options = {
-        "step_tokens": step_tokens, "schedule_order": order, "grouping": grouping, "first_guess": first_guess
-    }
+    options = {"step_tokens": step_tokens, "schedule_order": order, "grouping": grouping, "first_guess": first_guess}
     # Just enough pages for the request that needs most, and a few more.
     plan = plan_of(requests, pages=1, page_size=page_size, **options)
     pages = int(pages_needed(plan.groups, requests, plan.budget).max()) + extra

@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from batchrun.errors import UsageError
-from batchrun.plan.lengths import FIRST_GUESS, OutputLengths
-from batchrun.plan.memory import MemoryBudget
-from batchrun.plan.order import ORDERS
+from batchrun.planning.lengths import FIRST_GUESS, OutputLengths
+from batchrun.planning.memory import MemoryBudget
+from batchrun.planning.order import ORDERS
 from batchrun.prefix.forest import PrefixForest
 from batchrun.prefix.groups import GROUPINGS, PrefixGroups, choose_groups
 from batchrun.request import Requests
@@ -22,7 +22,7 @@ class PlanOptions:
     """What of a plan the user may set.
 
     Attributes:
-        schedule_order: a name in `plan.order.ORDERS`.
+        schedule_order: a name in `planning.order.ORDERS`.
         grouping: a name in `prefix.groups.GROUPINGS`.
         step_tokens: rows of a step beyond which no prefill is added.
         first_guess: expected tokens of an answer, until answers have been seen.
@@ -108,12 +108,34 @@ def make_plan(
 
 def pages_needed(groups: PrefixGroups, requests: Requests, budget: MemoryBudget) -> npt.NDArray[np.int64]:
     """Pages that each request takes when it runs alone to its limit, its prefixes included, int64 `[R]`."""
-    size = budget.page_size
     own = requests.tokens.lengths - groups.request_depth + requests.max_new_tokens - 1
-    pages = -(-own // size)
-    if len(groups):
-        of_group = -(-groups.length // size)
-        path = groups.path
-        of_path = np.where(path >= 0, of_group[path], 0).sum(axis=1)
-        pages = pages + np.where(groups.request_group >= 0, of_path[groups.request_group], 0)
-    return pages
+    return -(-own // budget.page_size) + _prefix_pages(groups, budget)
+
+
+def fit_to_pool(
+    groups: PrefixGroups, requests: Requests, budget: MemoryBudget, defaulted: npt.NDArray[np.bool_]
+) -> tuple[int, npt.NDArray[np.bool_]]:
+    """See that each request fits into the pool on its own.
+
+    Token limits that nobody set are cut to what fits, in `requests.max_new_tokens`.
+
+    Args:
+        defaulted: bool `[R]`, requests whose token limit is what is left of the context.
+
+    Returns:
+        How many limits were cut, and which requests can never fit, bool `[R]`.
+    """
+    own = requests.tokens.lengths - groups.request_depth
+    most = (budget.pages - _prefix_pages(groups, budget)) * budget.page_size - own + 1
+    cut = defaulted & (requests.max_new_tokens > most) & (most > 0)
+    requests.max_new_tokens[cut] = most[cut]
+    return int(cut.sum()), requests.max_new_tokens > most
+
+
+def _prefix_pages(groups: PrefixGroups, budget: MemoryBudget) -> npt.NDArray[np.int64]:
+    """Pages of all prefixes that each request reads, int64 `[R]`."""
+    if not len(groups):
+        return np.zeros(groups.request_group.size, dtype=np.int64)
+    of_group = -(-groups.length // budget.page_size)
+    of_path = np.where(groups.path >= 0, of_group[groups.path], 0).sum(axis=1)
+    return np.where(groups.request_group >= 0, of_path[groups.request_group], 0)

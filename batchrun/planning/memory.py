@@ -48,6 +48,4 @@ def make_budget(
     weights = model.weight_bytes(dtype)
     if kv_memory is None:
         kv_memory = int(_KV_SHARE * max(device.memory_bytes - weights, 0))
-    return MemoryBudget(
-        page_size=size, pages=kv_memory // page_bytes, page_bytes=page_bytes, weight_bytes=weights
-    )
+    return MemoryBudget(page_size=size, pages=kv_memory // page_bytes, page_bytes=page_bytes, weight_bytes=weights)

@@ -1,0 +1,296 @@
+"""The command line: a command parses, makes one call, prints, exits."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+import batchrun
+from batchrun.errors import BatchrunError, ExitCode
+
+app = typer.Typer(
+    name="batchrun",
+    help="Run a JSONL file of LLM requests offline: shared prefixes are found before the run and computed once, "
+    "results are exact, nothing is lost.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Job = Annotated[str, typer.Argument(help="Job file: .jsonl, .jsonl.gz or .jsonl.zst; - is standard input.")]
+Model = Annotated[
+    str | None, typer.Option("--model", "-m", help="Model directory, short name (demo, llama, qwen, ...) or hub id.")
+]
+Config = Annotated[Path | None, typer.Option("--config", help="TOML file of settings; flags win over it.")]
+Device = Annotated[str | None, typer.Option("--device", help="auto, cpu or cuda.")]
+Dtype = Annotated[str | None, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the run.")]
+MaxTokens = Annotated[int | None, typer.Option("--max-tokens", help="Token limit of lines that have none.")]
+KvMemory = Annotated[str | None, typer.Option("--kv-memory", help="Memory for KV, such as 4GiB.")]
+Limit = Annotated[int | None, typer.Option("--limit", help="Only the first N lines, as a trial.")]
+ScheduleOrder = Annotated[
+    str | None, typer.Option("--schedule-order", help="input, shuffle, dfs or decode_ratio; never changes results.")
+]
+Strict = Annotated[bool, typer.Option("--strict", help="Refuse the whole job if any line of it is bad.")]
+Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a model on the hub.")]
+ChatTemplate = Annotated[
+    Path | None, typer.Option("--chat-template", help="Jinja file used in place of the model's chat template.")
+]
+IgnoreGenerationConfig = Annotated[
+    bool, typer.Option("--ignore-generation-config", help="No sampling defaults from the model.")
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, no tables.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"batchrun {batchrun.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(
+    job: Job,
+    model: Model = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Run directory; jobs.run beside jobs.jsonl if not given.")
+    ] = None,
+    config: Config = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    seed: Seed = None,
+    max_tokens: MaxTokens = None,
+    kv_memory: KvMemory = None,
+    limit: Limit = None,
+    results_order: Annotated[
+        str | None, typer.Option("--results-order", help="completion (as they finish) or input (sorted at the end).")
+    ] = None,
+    schedule_order: ScheduleOrder = None,
+    strict: Strict = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start again; an earlier run is moved aside, not overwritten.")
+    ] = False,
+    revision: Revision = None,
+    chat_template: ChatTemplate = None,
+    ignore_generation_config: IgnoreGenerationConfig = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    json: Json = False,
+) -> None:
+    """Run every request of a job and write results, errors and a report.
+
+    The same command again goes on with a run that was stopped, or says that all is done.
+    """
+    with _failures(json):
+        from batchrun.config import load_config
+        from batchrun.formats.results import encode_json
+        from batchrun.formats.rundir import document
+        from batchrun.pipeline import run_job
+        from batchrun.report.tables import print_summary
+
+        settings = load_config(
+            config,
+            **_given(
+                model=model, out=_path(out), device=device, dtype=dtype, seed=seed, max_tokens=max_tokens,
+                kv_memory=kv_memory, limit=limit, results_order=results_order, schedule_order=schedule_order,
+                strict=strict, fresh=fresh, revision=revision, chat_template=_path(chat_template),
+                ignore_generation_config=ignore_generation_config,
+            ),
+        )  # fmt: skip
+        with _Terminal(quiet=quiet) as terminal:
+            outcome = run_job(job, settings, terminal)
+        if json:
+            _write(encode_json(document(outcome.report), indent=True))
+        elif not quiet:
+            if outcome.already_done:
+                _console().print(f"This run is finished already; {outcome.run_dir} has its results.", soft_wrap=True)
+            print_summary(_console(), outcome.report, outcome.run_dir)
+        if outcome.exit_code is ExitCode.STOPPED and not quiet:
+            _console(stderr=True).print("Stopped early. The same command again goes on.", soft_wrap=True)
+        sys.exit(outcome.exit_code)
+
+
+@app.command()
+def plan(
+    job: Job,
+    model: Model = None,
+    config: Config = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    seed: Seed = None,
+    max_tokens: MaxTokens = None,
+    kv_memory: KvMemory = None,
+    limit: Limit = None,
+    schedule_order: ScheduleOrder = None,
+    strict: Strict = False,
+    revision: Revision = None,
+    chat_template: ChatTemplate = None,
+    ignore_generation_config: IgnoreGenerationConfig = False,
+    json: Json = False,
+) -> None:
+    """Tell what a run would do, without weights and without running it; nothing is written."""
+    with _failures(json):
+        from batchrun.config import load_config
+        from batchrun.formats.results import encode_json
+        from batchrun.formats.rundir import document
+        from batchrun.pipeline import plan_job
+        from batchrun.report.tables import print_faults, print_plan
+        from batchrun.report.wording import printable
+
+        settings = load_config(
+            config,
+            **_given(
+                model=model, device=device, dtype=dtype, seed=seed, max_tokens=max_tokens, kv_memory=kv_memory,
+                limit=limit, schedule_order=schedule_order, strict=strict, revision=revision,
+                chat_template=_path(chat_template), ignore_generation_config=ignore_generation_config,
+            ),
+        )  # fmt: skip
+        planned = plan_job(job, settings)
+        if json:
+            _write(encode_json(document(planned.plan), indent=True))
+        else:
+            print_plan(
+                _console(),
+                planned.plan,
+                total_lines=planned.total_lines,
+                faults=len(planned.faults),
+                previews=planned.previews,
+            )
+        if planned.faults:
+            print_faults(_console(stderr=True), planned.faults)
+        for warning in planned.warnings:
+            _console(stderr=True).print(printable(f"{warning.code} ({warning.count:,}): {warning.message}"))
+        sys.exit(planned.exit_code)
+
+
+class _Terminal:
+    """Shows a run on standard error while it lasts, and turns signals into a stop between two steps."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet = quiet
+        self._console = _console(stderr=True)
+        self._progress: Any = None
+        self._signalled = False
+        self._handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> _Terminal:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._handlers[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress is not None:
+            self._progress.__exit__(None, None, None)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._signalled:  # the second one stops at once
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self._signalled = True
+
+    def should_stop(self) -> bool:
+        return self._signalled
+
+    def faults(self, faults: list[Any], total: int) -> None:
+        from batchrun.report.tables import print_faults
+
+        if faults and not self._quiet:
+            print_faults(self._console, faults, more_in="errors.jsonl")
+
+    def stage(self, name: str) -> None:
+        if not self._quiet and name != "run":
+            self._console.print(f"{name} ...", style="dim")
+
+    def expected_rows(self, rows: int) -> None:
+        from batchrun.report.progress import Progress
+
+        self._progress = Progress(self._console, total_rows=rows, enabled=not self._quiet)
+        self._progress.__enter__()
+
+    def step(self, rows: int, sampled: int, finished: int) -> None:
+        self._progress.advance(rows, sampled, finished)
+
+
+@contextmanager
+def _failures(json: bool) -> Iterator[None]:
+    """Print a failure with its cause and the next move, and exit with its code."""
+    logging.getLogger("batchrun").addHandler(logging.NullHandler())
+    try:
+        yield
+    except BatchrunError as error:
+        _fail(error.message, error.hint, error.code, error.exit_code, json)
+    except Exception as error:
+        traceback.print_exc()
+        _fail(
+            f"internal failure: {type(error).__name__}: {error}",
+            "What is finished is kept; the same command again goes on. Please report this with the lines above.",
+            "internal",
+            ExitCode.INTERNAL,
+            json,
+        )
+    except KeyboardInterrupt:
+        _fail("Interrupted.", "The same command again goes on.", "interrupted", ExitCode.STOPPED, json)
+
+
+def _fail(message: str, hint: str | None, code: str | None, exit_code: ExitCode, json: bool) -> NoReturn:
+    from batchrun.report.wording import printable
+
+    console = _console(stderr=True)
+    for i, line in enumerate(message.splitlines()):
+        console.print(printable(("batchrun: " if i == 0 else "") + line), soft_wrap=True)
+    if hint:
+        console.print(printable(hint), soft_wrap=True)
+    if json:
+        from batchrun.formats.results import encode_json
+
+        _write(encode_json({"error": {"code": code, "message": message, "hint": hint}}, indent=True))
+    sys.exit(exit_code)
+
+
+def _console(*, stderr: bool = False) -> Console:
+    # Nothing from a job or a file is ever markup.
+    return Console(stderr=stderr, markup=False, highlight=False, emoji=False)
+
+
+def _write(data: bytes) -> None:
+    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()
+
+
+def _given(**flags: Any) -> dict[str, Any]:
+    """The flags that were given; a switch that is off says nothing."""
+    return {name: value for name, value in flags.items() if value is not None and value is not False}
+
+
+def _path(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def main() -> None:
+    """The `batchrun` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

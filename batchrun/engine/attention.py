@@ -1,0 +1,126 @@
+"""Attention over shared prefixes and own KV on the CPU.
+
+A prefix is read once for all its readers: their query heads become the rows of one call (Hydragen, arXiv 2402.05099),
+and the KV is a view of the pool. Partial results over disjoint KV are merged by their log-sum-exp.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from batchrun.engine.batch import Batch
+from batchrun.engine.kv_cache import KVCache
+from batchrun.errors import ModelRefused
+
+# What a layer may pass besides q, k and v without asking for something that is not computed here.
+_HARMLESS = {"position_ids", "use_cache", "is_causal", "position_embeddings", "cache_position", "output_attentions"}
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def batchrun_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    batch: Batch,
+    kv_cache: KVCache,
+    **features: Any,
+) -> tuple[torch.Tensor, None]:
+    """The attention of one layer over the packed rows of a step, as transformers' attention interface calls it.
+
+    Args:
+        query: `[1, Hq, T, D]`.
+        key, value: `[1, Hkv, T, D]`, of the new rows; they are stored before any row attends.
+        sliding_window: keys that a row sees at most, itself included.
+
+    Returns:
+        `[1, T, Hq, D]` and None.
+
+    Raises:
+        ModelRefused: the layer asks for something that is not computed here.
+    """
+    asked = [name for name, given in features.items() if given is not None and name not in _HARMLESS]
+    if asked or attention_mask is not None or dropout:
+        raise ModelRefused(f"The model's attention asks for {', '.join(asked) or 'a mask'}, which is not supported.")
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    keys, values = kv_cache.keys[layer], kv_cache.values[layer]
+    keys.index_copy_(0, batch.store_index, key[0].transpose(0, 1))
+    values.index_copy_(0, batch.store_index, value[0].transpose(0, 1))
+
+    heads, rows, dim = query.shape[1:]
+    kv_heads = key.shape[1]
+    group = heads // kv_heads
+    # [Hkv, T, G, D]: the query heads of a KV head side by side, so that they are rows of one call.
+    q = query[0].view(kv_heads, group, rows, dim).transpose(1, 2).contiguous()
+    work = batch.work(sliding_window)
+    out, lse = batch.partial_results(sliding_window, kv_heads, dim)
+
+    for read in work.dense:
+        here = slice(read.first, read.first + read.rows)
+        part, part_lse = _flash(
+            q[:, here].view(1, kv_heads, read.rows * group, dim),
+            read.kv.of(keys).transpose(0, 1)[None],
+            read.kv.of(values).transpose(0, 1)[None],
+            attn_mask=read.mask,
+            scale=scaling,
+        )
+        part = part.view(kv_heads, read.rows, group, dim)
+        part_lse = part_lse.view(kv_heads, read.rows, group)
+        if read.blind is not None:
+            part = part.masked_fill(read.blind[None, :, None, None], 0.0)
+            part_lse = part_lse.masked_fill(read.blind[None, :, None], float("-inf"))
+        out[read.partial, :, here] = part
+        lse[read.partial, :, here] = part_lse
+
+    for chunk in work.causal:
+        here = slice(chunk.first, chunk.first + chunk.chunks * chunk.rows)
+        shape = (chunk.chunks, chunk.rows)
+        # [B, G, Hkv, n, D] with B and G as the batch: is_causal wants the rows of one head in order.
+        chunk_q = q[:, here].view(kv_heads, *shape, group, dim).permute(1, 3, 0, 2, 4)
+        chunk_k, chunk_v = (
+            new[0, :, here]
+            .view(kv_heads, *shape, dim)
+            .transpose(0, 1)[:, None]
+            .expand(chunk.chunks, group, kv_heads, chunk.rows, dim)
+            .flatten(0, 1)
+            for new in (key, value)
+        )
+        part, part_lse = _flash(chunk_q.flatten(0, 1), chunk_k, chunk_v, is_causal=True, scale=scaling)
+        whole = (chunk.chunks, group, kv_heads, chunk.rows)
+        out[chunk.partial, :, here] = part.view(*whole, dim).permute(2, 0, 3, 1, 4).flatten(1, 2)
+        lse[chunk.partial, :, here] = part_lse.view(whole).permute(2, 0, 3, 1).flatten(1, 2)
+
+    for short in work.ragged:
+        count, width = short.sequences, short.rows
+        short_q = q.index_select(1, short.row_index).view(kv_heads, count, width * group, dim).transpose(0, 1)
+        short_k, short_v = (
+            pool.index_select(0, short.kv_index).view(count, -1, kv_heads, dim).transpose(1, 2)
+            for pool in (keys, values)
+        )
+        part, part_lse = _flash(short_q, short_k, short_v, attn_mask=short.mask, scale=scaling)
+        part = part.transpose(0, 1).reshape(kv_heads, count * width, group, dim)
+        part_lse = part_lse.transpose(0, 1).reshape(kv_heads, count * width, group)
+        index = short.row_index
+        if short.real is not None:
+            part, part_lse = part.index_select(1, short.real), part_lse.index_select(1, short.real)
+            index = index[short.real]
+        out[short.partial].index_copy_(1, index, part)
+        lse[short.partial].index_copy_(1, index, part_lse)
+
+    merged = out[0] if work.partials == 1 else _merge(out, lse)
+    return merged.permute(1, 0, 2, 3).reshape(1, rows, heads, dim), None
+
+
+def _merge(out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+    """Merge partial results `[P, ..., D]` by their log-sum-exp `[P, ...]`. Every row has at least one that is not
+    empty: its own token."""
+    weights = torch.softmax(lse, dim=0)
+    return torch.einsum("p...,p...d->...d", weights.to(out.dtype), out)

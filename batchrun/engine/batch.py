@@ -1,0 +1,265 @@
+"""A step as tensors: built once a step, read by every layer.
+
+    T   rows of the step               Hq, Hkv  query heads, KV heads
+    S   rows that sample               G        query heads per KV head
+    C   chunks                         D        head_dim
+    n   rows of a read or a chunk      M        KV tokens that a read covers
+    P   partial results per row        B        sequences handled in one call
+
+A row's attention is the sum of partial results over disjoint KV: one for each shared prefix it reads, and one or two
+for its own sequence. Partial p of row t is written to place `[p, t]`; a row that has no partial p keeps -inf there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from batchrun.engine.kv_cache import PageTables
+from batchrun.schedule.step import Step
+
+_SHORT_ROWS = 16  # chunks up to this many rows are put together in one masked call
+_SHORT_KV = 512  # and up to this many own KV tokens: beyond, copying KV costs more than a call
+_KV_BUCKET = 64  # own lengths are rounded up to a multiple of this to find chunks of similar length
+
+
+@dataclass(frozen=True, slots=True)
+class KVRange:
+    """KV tokens of one sequence: a view of the pool where they lie in one run, else a gather.
+
+    Attributes:
+        start: first place in the pool, or -1 for a gather.
+        length: M.
+        index: int64 `[M]`, places in the pool, for a gather.
+    """
+
+    start: int
+    length: int
+    index: torch.Tensor | None
+
+    def of(self, pool: torch.Tensor) -> torch.Tensor:
+        """The tokens, `[M, Hkv, D]`, of a layer's K or V."""
+        if self.index is not None:
+            return pool.index_select(0, self.index)
+        return pool[self.start : self.start + self.length]
+
+
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """Rows `[first, first + n)` see all of a range of KV; with a mask, what of it the mask lets them see.
+
+    Attributes:
+        mask: float `[n * G, M]` to add to the scores, 0 or -inf, or None.
+        blind: bool `[n]`, rows that the mask lets see nothing, or None where there are none.
+    """
+
+    partial: int
+    first: int
+    rows: int
+    kv: KVRange
+    mask: torch.Tensor | None = None
+    blind: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Causal:
+    """B neighbouring chunks of n rows each, from row `first` on: each row sees its chunk's rows up to itself."""
+
+    partial: int
+    first: int
+    chunks: int
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ragged:
+    """Short chunks of B sequences, padded to n rows and M tokens of own KV; a mask says what each row sees.
+
+    Attributes:
+        row_index: int64 `[B * n]`, rows of the step; padding repeats a row.
+        kv_index: int64 `[B * M]`, places in the pool; padding repeats a place.
+        mask: float `[B, 1, n * G, M]`, 0 or -inf.
+        real: int64 `[*]`, which of the `B * n` rows are no padding, or None where none is.
+    """
+
+    partial: int
+    sequences: int
+    rows: int
+    row_index: torch.Tensor
+    kv_index: torch.Tensor
+    mask: torch.Tensor
+    real: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionWork:
+    """The calls that make up the attention of a layer.
+
+    Attributes:
+        partials: P.
+    """
+
+    partials: int
+    dense: tuple[Dense, ...]
+    causal: tuple[Causal, ...]
+    ragged: tuple[Ragged, ...]
+
+
+class Batch:
+    """A step as tensors.
+
+    Attributes:
+        input_ids, positions: int64 `[1, T]`.
+        store_index: int64 `[T]`, where in the pool the K and V of each row go.
+        sample_index: int64 `[S]`, rows that sample.
+        num_rows: T.
+    """
+
+    def __init__(self, step: Step, tables: PageTables, group_size: int, dtype: torch.dtype) -> None:
+        self._step = step
+        self._tables = tables
+        self._group_size = group_size
+        self._dtype = dtype
+        self.num_rows = step.num_rows
+        self._first = np.cumsum(step.length) - step.length  # [C]
+        own = np.arange(step.num_rows) - np.repeat(self._first - step.start, step.length)  # [T]
+        self._positions = own + np.repeat(step.depth, step.length)
+        self.input_ids = torch.from_numpy(step.token_ids.astype(np.int64))[None]
+        self.positions = torch.from_numpy(self._positions)[None]
+        self.store_index = torch.from_numpy(tables.index(np.repeat(step.sequence, step.length), own))
+        self.sample_index = torch.from_numpy((self._first + step.length - 1)[step.samples])
+        self._work: dict[int | None, AttentionWork] = {}
+        self._partials: dict[int | None, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def work(self, window: int | None) -> AttentionWork:
+        """The attention calls of a layer whose rows see `window` keys at most; made once a step for each window."""
+        if window not in self._work:
+            self._work[window] = self._make_work(window)
+        return self._work[window]
+
+    def partial_results(self, window: int | None, kv_heads: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Room for the partial results of a layer, `[P, Hkv, T, G, D]` and `[P, Hkv, T, G]`. All layers of a window
+        write the same places, so that the empty ones (0 and -inf) stay as they are."""
+        if window not in self._partials:
+            shape = (self.work(window).partials, kv_heads, self.num_rows, self._group_size)
+            self._partials[window] = (
+                torch.zeros((*shape, head_dim), dtype=self._dtype),
+                torch.full(shape, float("-inf"), dtype=torch.float32),
+            )
+        return self._partials[window]
+
+    def _make_work(self, window: int | None) -> AttentionWork:
+        step = self._step
+        dense = list(self._prefix_reads(window))
+        levels = int(step.prefix_reads.level.max(initial=-1)) + 1
+        causal: list[Causal] = []
+        stop = step.start + step.length
+        # A window cuts into the own KV of a chunk if the last row cannot see the first own token.
+        whole = np.ones(stop.size, dtype=bool) if window is None else stop <= window
+        short = (step.length <= _SHORT_ROWS) & (stop <= _SHORT_KV)
+        single = (step.length == 1) & ~short
+        for c in np.flatnonzero(single).tolist():
+            low = max(0, int(stop[c]) - window) if window is not None else 0
+            kv = self._kv_range(int(step.sequence[c]), low, int(stop[c]))
+            dense.append(Dense(levels, int(self._first[c]), 1, kv))
+        long = ~short & ~single
+        for c in np.flatnonzero(long & ~whole).tolist():
+            dense.append(self._windowed_chunk(c, levels, window or 0))
+        plain = long & whole
+        causal += self._causal_chunks(np.flatnonzero(plain), levels)
+        earlier = np.flatnonzero(plain & (step.start > 0)).tolist()
+        for c in earlier:
+            kv = self._kv_range(int(step.sequence[c]), 0, int(step.start[c]))
+            dense.append(Dense(levels + 1, int(self._first[c]), int(step.length[c]), kv))
+        ragged = self._ragged_chunks(np.flatnonzero(short), levels, window)
+        return AttentionWork(levels + 1 + bool(earlier), tuple(dense), tuple(causal), tuple(ragged))
+
+    def _prefix_reads(self, window: int | None) -> Iterator[Dense]:
+        reads = self._step.prefix_reads
+        for level, first, rows, slot, length, position in zip(
+            *(
+                column.tolist()
+                for column in (reads.level, reads.first_row, reads.rows, reads.sequence, reads.length, reads.position)
+            ),
+            strict=True,
+        ):
+            if window is None:
+                yield Dense(level, first, rows, self._kv_range(slot, 0, length))
+                continue
+            seen_from = self._positions[first : first + rows] - window + 1 - position  # first KV token that a row sees
+            low = max(0, int(seen_from.min()))
+            if low >= length:
+                continue
+            kv = self._kv_range(slot, low, length)
+            if int(seen_from.max()) <= low:
+                yield Dense(level, first, rows, kv)
+                continue
+            seen = np.arange(low, length) >= seen_from[:, None]
+            blind = ~seen.any(axis=1)
+            yield Dense(level, first, rows, kv, self._mask(seen), torch.from_numpy(blind) if blind.any() else None)
+
+    def _windowed_chunk(self, c: int, partial: int, window: int) -> Dense:
+        """A long chunk whose own KV is longer than the window."""
+        step = self._step
+        start, rows = int(step.start[c]), int(step.length[c])
+        low = max(0, start - window + 1)
+        row = np.arange(start, start + rows)[:, None]
+        key = np.arange(low, start + rows)
+        seen = (key <= row) & (key > row - window)
+        kv = self._kv_range(int(step.sequence[c]), low, start + rows)
+        return Dense(partial, int(self._first[c]), rows, kv, self._mask(seen))
+
+    def _causal_chunks(self, chunks: npt.NDArray[np.int64], partial: int) -> Iterator[Causal]:
+        """Neighbouring chunks of equal length in one call."""
+        if not chunks.size:
+            return
+        length = self._step.length[chunks]
+        breaks = np.flatnonzero((np.diff(chunks) != 1) | (np.diff(length) != 0)) + 1
+        for part in np.split(chunks, breaks):
+            yield Causal(partial, int(self._first[part[0]]), part.size, int(self._step.length[part[0]]))
+
+    def _ragged_chunks(self, chunks: npt.NDArray[np.int64], partial: int, window: int | None) -> Iterator[Ragged]:
+        """Short chunks of similar size in one call each."""
+        step = self._step
+        start, length = step.start[chunks], step.length[chunks]
+        row_bucket = np.where(length == 1, 1, _SHORT_ROWS)
+        kv_bucket = -(-(start + length) // _KV_BUCKET)
+        buckets, of_bucket = np.unique(np.stack((row_bucket, kv_bucket)), axis=1, return_inverse=True)
+        for bucket in range(buckets.shape[1]):
+            inside = chunks[of_bucket.ravel() == bucket]
+            first, begin, count = self._first[inside], step.start[inside], step.length[inside]
+            rows, tokens = int(count.max()), int((begin + count).max())
+            row = np.minimum(np.arange(rows), count[:, None] - 1)  # [B, n]; padding repeats the last row
+            key = np.arange(tokens)
+            own = begin[:, None] + row
+            seen = key <= own[..., None]  # [B, n, M]
+            if window is not None:
+                seen &= key > own[..., None] - window
+            places = self._tables.index(step.sequence[inside][:, None], np.minimum(key, (begin + count)[:, None] - 1))
+            real = np.arange(rows) < count[:, None]
+            yield Ragged(
+                partial=partial,
+                sequences=inside.size,
+                rows=rows,
+                row_index=torch.from_numpy((first[:, None] + row).ravel()),
+                kv_index=torch.from_numpy(places.ravel()),
+                mask=self._mask(seen)[:, None],
+                real=None if real.all() else torch.from_numpy(np.flatnonzero(real.ravel())),
+            )
+
+    def _kv_range(self, slot: int, start: int, stop: int) -> KVRange:
+        run = self._tables.run(slot, start, stop)
+        if run is not None:
+            return KVRange(run, stop - start, None)
+        return KVRange(-1, stop - start, torch.from_numpy(self._tables.index(slot, np.arange(start, stop))))
+
+    def _mask(self, seen: npt.NDArray[np.bool_]) -> torch.Tensor:
+        """`[..., n, M]` as what to add to the scores, `[..., n * G, M]`: the rows of a KV head's query heads lie
+        next to each other."""
+        bias = torch.zeros(seen.shape, dtype=self._dtype)
+        bias.masked_fill_(torch.from_numpy(~seen), float("-inf"))
+        return bias.repeat_interleave(self._group_size, dim=-2)

@@ -1,0 +1,97 @@
+"""transformers' model with our attention: weights and layers are its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from batchrun.engine.attention import batchrun_attention
+from batchrun.engine.batch import Batch
+from batchrun.engine.kv_cache import KVCache
+from batchrun.engine.linear import pack_linears
+from batchrun.errors import ModelRefused
+from batchrun.supported import check_supported
+
+AttentionInterface.register("batchrun", batchrun_attention)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model that is ready to run.
+
+    Attributes:
+        module: transformers' causal language model.
+        num_layers, num_heads, num_kv_heads, head_dim: its attention.
+        dtype: of weights and KV.
+        device: where they are.
+    """
+
+    module: Any
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: str
+
+    def logits(self, batch: Batch, kv_cache: KVCache) -> torch.Tensor:
+        """Run a step; the logits of the rows that sample, `[S, vocabulary]`."""
+        result = self.module(
+            input_ids=batch.input_ids,
+            position_ids=batch.positions,
+            batch=batch,
+            kv_cache=kv_cache,
+            use_cache=False,
+            logits_to_keep=batch.sample_index,
+        )
+        return result.logits[0]
+
+
+def load_model(path: Path, config: dict[str, Any], dtype: str, device: str) -> LoadedModel:
+    """Load the model in a directory: safetensors only, no code of the model's own.
+
+    Args:
+        config: its parsed `config.json`.
+        dtype: a name in `specs.DTYPE_BYTES`.
+
+    Raises:
+        ModelRefused: it is not one that is run exactly, or its weights do not fit its configuration.
+    """
+    check_supported(config)
+    transformers_logging.disable_progress_bar()  # ours are the only ones
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=getattr(torch, dtype),
+            attn_implementation="batchrun",
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ModelRefused(f"The weights in {path} cannot be loaded: {error}") from error
+    module, info = loaded
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ModelRefused(
+            f"The weights in {path} lack {len(missing)} tensors that the model needs, such as {missing[0]}.",
+            hint="Copy the model again; the files may be of another model.",
+        )
+    module.eval()
+    pack_linears(module)
+    attention = module.model.layers[0].self_attn
+    return LoadedModel(
+        module=module,
+        num_layers=len(module.model.layers),
+        num_heads=module.config.num_attention_heads,
+        num_kv_heads=module.config.num_key_value_heads,
+        head_dim=attention.head_dim,
+        dtype=module.dtype,
+        device=device,
+    )

@@ -1,0 +1,74 @@
+"""Stop strings: watches the text of the answers that have some, and gives every finished answer its text."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from batchrun.request import Requests
+from batchrun.schedule.scheduler import Finished
+from batchrun.tokenizer import IncrementalDecoder, StopStrings, Tokenizer
+
+
+class _Watched:
+    """The text of one answer under way. Stop strings count from the token after `min_tokens` on."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...], min_tokens: int) -> None:
+        self._decoder = IncrementalDecoder(tokenizer)
+        self._matcher = StopStrings(stop)
+        self._before = min_tokens
+        self._head = ""  # text that came before stop strings count
+
+    def push(self, token_id: int) -> bool:
+        piece = self._decoder.push(token_id)
+        if self._before > 0:
+            self._before -= 1
+            self._head += piece
+            return False
+        return self._matcher.feed(piece)
+
+    def end(self) -> tuple[str, bool]:
+        """The answer's text up to a stop string, and whether there is one; what was held back counts too."""
+        tail = self._decoder.flush()
+        if self._before > 0:
+            self._head += tail
+        else:
+            self._matcher.feed(tail)
+        return self._head + self._matcher.text, self._matcher.stopped
+
+
+class TextStops:
+    """The text of all answers. Only those with stop strings are decoded while they run."""
+
+    def __init__(self, tokenizer: Tokenizer, requests: Requests) -> None:
+        self._tokenizer = tokenizer
+        self._requests = requests
+        self._with_stop = np.array([bool(s.stop) for s in requests.sampling], dtype=bool)
+        self._watched: dict[int, _Watched] = {}
+
+    def watch(
+        self,
+        requests: npt.NDArray[np.int32],
+        token_ids: npt.NDArray[np.int32],
+        ended: npt.NDArray[np.bool_],
+    ) -> npt.NDArray[np.bool_]:
+        """Take the tokens of a step, `[S]` each; say which answers a stop string ends, bool `[S]`."""
+        stopped = np.zeros(requests.size, dtype=bool)
+        # A token that ends an answer is no part of its text.
+        for row in np.flatnonzero(self._with_stop[self._requests.sampling_id[requests]] & ~ended).tolist():
+            request = int(requests[row])
+            watched = self._watched.get(request)
+            if watched is None:
+                sampling = self._requests.sampling[self._requests.sampling_id[request]]
+                watched = _Watched(self._tokenizer, sampling.stop, sampling.min_tokens)
+                self._watched[request] = watched
+            stopped[row] = watched.push(int(token_ids[row]))
+        return stopped
+
+    def text(self, finished: Finished) -> tuple[str, bool]:
+        """The text of a finished answer, and whether a stop string ended it."""
+        watched = self._watched.pop(finished.request, None)
+        if watched is not None:
+            return watched.end()
+        ids = finished.token_ids[:-1] if finished.ended else finished.token_ids
+        return self._tokenizer.decode(ids.tolist()), False

@@ -1,0 +1,501 @@
+"""The whole program on one page: read, tokenise, find the forest, plan, run, write. The Python API."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+from batchrun.config import RunConfig, load_config
+from batchrun.errors import ExitCode, NothingRunnable, OutputError, UsageError
+from batchrun.execution.collect import LineCollector
+from batchrun.execution.loop import run_loop
+from batchrun.execution.stops import TextStops
+from batchrun.formats.job import JobLint, JobSource, lint_job, open_job, read_job, spool_stdin
+from batchrun.formats.plan import PlanFile, write_plan
+from batchrun.formats.report import StepWriter, read_report, write_report
+from batchrun.formats.results import error_line
+from batchrun.formats.rundir import (
+    ERRORS,
+    RESULTS,
+    Recovered,
+    ResultSink,
+    RunDir,
+    RunState,
+    RunStatus,
+    check_disk,
+    estimate_disk,
+    sort_results,
+    write_text_atomic,
+)
+from batchrun.prepare import Prepared, first_tokens, plan_file, prepare, simulate, summaries, warnings_of
+from batchrun.report.page import render_page
+from batchrun.report.records import (
+    KvUse,
+    Report,
+    RequestCounts,
+    Seconds,
+    StepLog,
+    Throughput,
+    TokenCounts,
+    Warned,
+)
+from batchrun.request import FinishReason, JobLine, LineFault
+from batchrun.schedule.scheduler import Finished, Scheduler
+from batchrun.schedule.step import Step, StepOutput
+from batchrun.subject import Fingerprint, Subject, fingerprint_of
+
+log = logging.getLogger(__name__)
+
+LOG, PAGE, PLAN, REPORT, STEPS = "run.log", "report.html", "plan.json", "report.json", "steps.jsonl"
+STDIN_JOB = "job.jsonl"
+
+
+class Observer(Protocol):
+    """What a caller hears of a run while it runs."""
+
+    def faults(self, faults: list[LineFault], total: int) -> None:
+        """Bad lines of the job, before the model is loaded; `total` lines there are."""
+
+    def stage(self, name: str) -> None:
+        """A stage begins: `read`, `load model`, `run`."""
+
+    def expected_rows(self, rows: int) -> None:
+        """How many rows the whole run is expected to compute; said once, before the model is loaded."""
+
+    def step(self, rows: int, sampled: int, finished: int) -> None:
+        """A step was computed, and so many requests have got their answers since the last one."""
+
+    def should_stop(self) -> bool:
+        """Asked between steps; True ends the run early, to be gone on with later."""
+
+
+class _Silent:
+    """An observer that does not mind."""
+
+    def faults(self, faults: list[LineFault], total: int) -> None: ...
+
+    def stage(self, name: str) -> None: ...
+
+    def expected_rows(self, rows: int) -> None: ...
+
+    def step(self, rows: int, sampled: int, finished: int) -> None: ...
+
+    def should_stop(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a run came to.
+
+    Attributes:
+        report: what happened.
+        run_dir: where the files are.
+        exit_code: what the command exits with.
+        already_done: whether an earlier run had finished, and nothing was done now.
+    """
+
+    report: Report
+    run_dir: Path
+    exit_code: ExitCode
+    already_done: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """What `batchrun plan` found out.
+
+    Attributes:
+        plan: as in `plan.json`.
+        faults: bad lines.
+        total_lines: lines of the job, blank ones not counted.
+        previews: the first words of each of `plan.groups`.
+        warnings: what a person should know.
+    """
+
+    plan: PlanFile
+    faults: list[LineFault]
+    total_lines: int
+    previews: list[str]
+    warnings: list[Warned]
+
+    @property
+    def exit_code(self) -> ExitCode:
+        return ExitCode.SOME_FAILED if self.faults else ExitCode.OK
+
+
+def run(job: str | Path, *, model: str, out: str | Path | None = None, **options: Any) -> Report:
+    """Run every request of a job and return the report.
+
+    Args:
+        job: path of a `.jsonl`, `.jsonl.gz` or `.jsonl.zst` file.
+        model: a model directory, a short name, or a hub id.
+        out: run directory; `jobs.run` beside `jobs.jsonl` if None.
+        options: fields of `RunConfig` by name, and `config_file`.
+
+    Raises:
+        BatchrunError: as the command would fail; its `exit_code` is the command's.
+
+    Example:
+        >>> report = batchrun.run("jobs.jsonl", model="demo", out="jobs.run")  # doctest: +SKIP
+        >>> report.request_counts.completed  # doctest: +SKIP
+        480
+    """
+    return run_job(str(job), load_config(model=model, out=_text(out), **options)).report
+
+
+def plan(job: str | Path, *, model: str, **options: Any) -> PlanFile:
+    """Plan a job without running it: no weights are read and no torch is loaded.
+
+    Args:
+        job: path of a `.jsonl`, `.jsonl.gz` or `.jsonl.zst` file.
+        model: a model directory, a short name, or a hub id.
+        options: fields of `RunConfig` by name, and `config_file`.
+
+    Raises:
+        BatchrunError: as the command would fail.
+
+    Example:
+        >>> plan = batchrun.plan("jobs.jsonl", model="demo")  # doctest: +SKIP
+        >>> plan.saving  # doctest: +SKIP
+        0.87
+    """
+    return plan_job(str(job), load_config(model=model, **options)).plan
+
+
+def _text(path: str | Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+# --- plan -------------------------------------------------------------------------------------------------------
+
+
+def plan_job(job: str, config: RunConfig) -> Planned:
+    """Plan a job: what `batchrun plan` does. Raises as `plan`."""
+    if job == "-":
+        raise UsageError("A plan reads the job twice, so it cannot come from standard input.", hint="Give a file.")
+    subject = Subject.resolve(config, weights=False)
+    source = open_job(job)
+    lint = lint_job(source, config.limit)
+    _refuse_unrunnable(lint, config)
+    prepared = prepare(subject, _sound_lines(source, config.limit), config)
+    faults = sorted([*lint.faults, *prepared.faults], key=lambda fault: fault.number)
+    total = lint.total
+    if not len(prepared.requests):
+        raise NothingRunnable(f"None of the {total} lines can run; the first: {_shown(faults[0])}")
+    simulated = simulate(prepared)
+    previews = [
+        prepared.tokenizer.decode(first_tokens(prepared.plan.groups, prepared.requests, group.id, 24).tolist())
+        for group in summaries(prepared.plan.groups)
+    ]
+    planned = plan_file(prepared, simulated, subject, fingerprint_of(subject, lint.fingerprint, config))
+    return Planned(planned, faults, total, previews, warnings_of(lint, prepared, subject, config))
+
+
+# --- run --------------------------------------------------------------------------------------------------------
+
+
+def run_job(job: str, config: RunConfig, observer: Observer | None = None) -> Outcome:
+    """Run a job: what `batchrun run` does. Raises as `run`."""
+    observer = observer or _Silent()
+    began = time.perf_counter()
+    subject = Subject.resolve(config, weights=True)
+    with ExitStack() as stack:
+        source, out = _open_source(job, config)
+        lint = lint_job(source, config.limit)
+        _refuse_unrunnable(lint, config)
+        fingerprint = fingerprint_of(subject, lint.fingerprint, config)
+        run_dir = stack.enter_context(RunDir.open(out, fingerprint, fresh=config.fresh))
+        if source.path.parent == out and source.path.name != STDIN_JOB:
+            source.path.replace(out / STDIN_JOB)
+            source.path = out / STDIN_JOB
+        if run_dir.state is RunState.FINISHED:
+            assert run_dir.run is not None and run_dir.run.exit_code is not None
+            done = read_report(out / REPORT)
+            return Outcome(done, out, ExitCode(run_dir.run.exit_code), already_done=True)
+        stack.enter_context(_log_to(out / LOG))
+        return _Run(source, lint, fingerprint, subject, config, run_dir, observer, began).execute()
+
+
+class _Run:
+    """One run in a locked run directory, from the read job to the written report."""
+
+    def __init__(
+        self,
+        source: JobSource,
+        lint: JobLint,
+        fingerprint: Fingerprint,
+        subject: Subject,
+        config: RunConfig,
+        run_dir: RunDir,
+        observer: Observer,
+        began: float,
+    ) -> None:
+        self.source = source
+        self.lint = lint
+        self.fingerprint = fingerprint
+        self.subject = subject
+        self.config = config
+        self.run_dir = run_dir
+        self.observer = observer
+        self.began = began
+        self.seconds: dict[str, float] = {}
+        self.finish_reasons: Counter[str] = Counter()
+        self.error_codes: Counter[str] = Counter()
+        self.total = lint.total
+
+    def execute(self) -> Outcome:
+        recovered = self.run_dir.recover()
+        self.error_codes.update(recovered.error_codes)
+        self.run_dir.start(self._counts(recovered), model=self.subject.name, environment=self.subject.environment)
+        log.info("run of %s with %s: %s lines", self.source.path, self.subject.name, self.total)
+        sink = ResultSink(
+            self.run_dir.path,
+            recovered,
+            flush_seconds=self.config.output.flush_seconds,
+            flush_results=self.config.output.flush_results,
+        )
+        try:
+            with sink:
+                report, stopped = self._fill(sink, recovered)
+        except OutputError:
+            # The disk may be full for this file too: what the lines say is the truth, with or without it.
+            log.exception("results cannot be written")
+            raise
+        counts = report.request_counts
+        if stopped:
+            code = ExitCode.STOPPED
+        elif counts.completed == 0:
+            code = ExitCode.NOTHING_RUNNABLE
+        else:
+            code = ExitCode.SOME_FAILED if counts.failed else ExitCode.OK
+        status = RunStatus.STOPPED if stopped else RunStatus.COMPLETED
+        self.run_dir.update(status, counts, errors=report.errors, exit_code=code)
+        log.info("%s: %s completed, %s failed, %s remaining", status, counts.completed, counts.failed, counts.remaining)
+        return Outcome(report, self.run_dir.path, code)
+
+    def _fill(self, sink: ResultSink, recovered: Recovered) -> tuple[Report, bool]:
+        """Write every result and error; returns the report, which is written too, and whether the run was stopped."""
+        done = set(recovered.results.tolist()) | set(recovered.errors.tolist())
+        self._refuse(sink, [fault for fault in self.lint.faults if fault.number not in done])
+        self.observer.faults(self.lint.faults, self.total)
+
+        self.observer.stage("read")
+        lines = _sound_lines(self.source, self.config.limit)
+        prepared = prepare(self.subject, (line for line in lines if line.number not in done), self.config)
+        self.seconds |= prepared.seconds
+        self._refuse(sink, prepared.faults)
+        if prepared.faults:
+            self.observer.faults(prepared.faults, self.total)
+        warnings = warnings_of(self.lint, prepared, self.subject, self.config)
+        if done:
+            warnings.append(
+                Warned(
+                    "resumed",
+                    len(done),
+                    f"{len(done):,} lines were finished by an earlier start; tokens, steps and times are of the rest",
+                )
+            )
+        disk = check_disk(
+            self.run_dir.path, estimate_disk(prepared.requests.max_new_tokens, len(prepared.requests.custom_ids))
+        )
+        if disk is not None:
+            warnings.append(Warned("disk_space", 1, disk))
+        for warning in warnings:
+            log.warning("%s", warning.message)
+
+        scheduler = Scheduler(prepared.plan, prepared.requests)
+        steps, padded, stopped = StepLog(), 0, False
+        if len(prepared.requests):
+            simulated = simulate(prepared)
+            write_plan(self.run_dir.path / PLAN, plan_file(prepared, simulated, self.subject, self.fingerprint))
+            self.observer.expected_rows(int(simulated.log.columns["rows"].sum()))
+            steps, padded, stopped = self._run_model(prepared, scheduler, sink)
+        sink.flush()
+        report = self._report(prepared, scheduler, steps, padded, sink, warnings)
+        if not stopped:
+            self.run_dir.update(RunStatus.FINALIZING, report.request_counts, errors=report.errors)
+            if self.config.results_order == "input":
+                for name in (RESULTS, ERRORS):
+                    sort_results(self.run_dir.path / name)
+        write_report(self.run_dir.path / REPORT, report)
+        write_text_atomic(self.run_dir.path / PAGE, render_page(report, steps.columns))
+        return report, stopped
+
+    def _run_model(self, prepared: Prepared, scheduler: Scheduler, sink: ResultSink) -> tuple[StepLog, int, bool]:
+        """Load the model and run the plan; answers go to `sink` as they come."""
+        from batchrun.engine.model import load_model
+        from batchrun.engine.torch_worker import TorchWorker
+
+        requests, plan = prepared.requests, prepared.plan
+        self.observer.stage("load model")
+        began = time.perf_counter()
+        model = load_model(self.subject.model.path, self.subject.config, self.subject.dtype, self.subject.device)
+        worker = TorchWorker(
+            model,
+            requests,
+            eos_token_ids=prepared.tokenizer.eos_token_ids(self.subject.generation_config),
+            page_size=plan.budget.page_size,
+            num_pages=plan.budget.pages,
+        )
+        self.seconds["load"] = time.perf_counter() - began
+
+        texts = TextStops(prepared.tokenizer, requests)
+        lines = LineCollector(requests, plan.groups, self.subject.name, sink)
+        newly_finished = 0
+
+        def on_finished(finished: Finished) -> None:
+            nonlocal newly_finished
+            text, by_text = texts.text(finished)
+            reason = FinishReason.STOP if by_text else finished.reason
+            self.finish_reasons[reason.value] += 1
+            newly_finished += 1
+            lines.add(finished, text, reason)
+
+        def on_step(step: Step, output: StepOutput) -> None:
+            nonlocal newly_finished
+            self.observer.step(step.num_rows, output.token_ids.size, newly_finished)
+            newly_finished = 0
+            sink.poll()
+            if step_writer is not None:
+                step_writer.write(step, output.seconds)
+
+        self.observer.stage("run")
+        began = time.perf_counter()
+        with ExitStack() as stack:
+            stack.callback(worker.close)
+            steps_path = self.run_dir.path / STEPS
+            step_writer = stack.enter_context(StepWriter(steps_path)) if self.config.output.steps_log else None
+            end = run_loop(
+                scheduler,
+                worker,
+                on_finished=on_finished,
+                on_step=on_step,
+                watch=texts.watch,
+                should_stop=self.observer.should_stop,
+            )
+        self.seconds["execute"] = time.perf_counter() - began
+        return end.log, end.padded_rows, end.stopped
+
+    def _refuse(self, sink: ResultSink, faults: list[LineFault]) -> None:
+        for fault in faults:
+            sink.write_error(error_line(fault))
+            self.error_codes[fault.code] += 1
+
+    def _counts(self, recovered: Recovered) -> RequestCounts:
+        completed, failed = recovered.results.size, recovered.errors.size
+        return RequestCounts(self.total, completed, failed, self.total - completed - failed)
+
+    def _report(
+        self,
+        prepared: Prepared,
+        scheduler: Scheduler,
+        steps: StepLog,
+        padded_rows: int,
+        sink: ResultSink,
+        warnings: list[Warned],
+    ) -> Report:
+        plan, counters = prepared.plan, scheduler.counters
+        execute = self.seconds.get("execute")
+        answered = sum(self.finish_reasons.values())
+
+        def rate(count: int) -> float | None:
+            return count / execute if execute else None
+
+        return Report(
+            request_counts=RequestCounts(
+                self.total, sink.completed, sink.failed, self.total - sink.completed - sink.failed
+            ),
+            tokens=TokenCounts(plan.prompt_logical, plan.prompt_physical, counters.prompt_computed, counters.sampled),
+            saving=plan.saving,
+            seconds=Seconds(
+                total=time.perf_counter() - self.began,
+                load=self.seconds.get("load"),
+                tokenize=self.seconds.get("tokenize"),
+                plan=self.seconds.get("plan"),
+                execute=execute,
+            ),
+            throughput=Throughput(rate(answered), rate(plan.prompt_logical), rate(counters.sampled)),
+            steps=len(steps),
+            kv=KvUse(plan.budget.page_size, plan.budget.pages, scheduler.pool.peak_used),
+            idle_rows=counters.idle_rows,
+            padded_rows=padded_rows,
+            preemptions=counters.preemptions,
+            prefix_evictions=counters.prefix_evictions,
+            finish_reasons=dict(self.finish_reasons),
+            errors=dict(self.error_codes),
+            warnings=tuple(warnings),
+            groups=summaries(plan.groups),
+            schedule_order=plan.options.schedule_order,
+            model=self.subject.name,
+            device=self.subject.device,
+            dtype=self.subject.dtype,
+            environment=self.subject.environment,
+        )
+
+
+# --- what both do -------------------------------------------------------------------------------------------------
+
+
+def _open_source(job: str, config: RunConfig) -> tuple[JobSource, Path]:
+    """The job and its run directory; standard input is kept in the latter, so that the run can be resumed."""
+    if job != "-":
+        source = open_job(job)
+        return source, config.out or source.default_out()
+    if config.out is None:
+        raise UsageError("A job from standard input needs a run directory.", hint="Give one with -o DIR.")
+    try:
+        config.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"The run directory {config.out} cannot be made: {error.strerror}.") from error
+    return spool_stdin(config.out / f".{STDIN_JOB}.{os.getpid()}", sys.stdin.buffer), config.out
+
+
+def _sound_lines(source: JobSource, limit: int | None) -> Iterator[JobLine]:
+    """The lines that can be tried, of the first `limit`."""
+    return (item for item in islice(read_job(source), limit) if isinstance(item, JobLine))
+
+
+def _refuse_unrunnable(lint: JobLint, config: RunConfig) -> None:
+    if lint.total == 0:
+        raise NothingRunnable("The job has no requests: every line is blank, or there is none.", code="empty_batch")
+    faults = lint.faults
+    if config.strict and faults:
+        shown = "\n".join(_shown(fault) for fault in faults[:10])
+        more = f"\nand {len(faults) - 10:,} more" if len(faults) > 10 else ""
+        raise NothingRunnable(
+            f"{len(faults):,} of {lint.total:,} lines are bad, and --strict runs all lines or none:\n{shown}{more}",
+            hint="Mend them, or leave --strict out to run the others.",
+        )
+
+
+def _shown(fault: LineFault) -> str:
+    return f"line {fault.number}: {fault.code}: {fault.message}"
+
+
+@contextmanager
+def _log_to(path: Path) -> Iterator[None]:
+    """Send the package's log to `run.log` while a run lasts."""
+    try:
+        handler = logging.FileHandler(path, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"The log {path} cannot be written: {error.strerror}.") from error
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("batchrun")
+    logger.addHandler(handler)
+    level, logger.level = logger.level, min(logger.level or logging.INFO, logging.INFO)
+    try:
+        yield
+    finally:
+        logger.level = level
+        logger.removeHandler(handler)
+        handler.close()

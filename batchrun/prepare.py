@@ -1,0 +1,179 @@
+"""From the sound lines of a job to a plan that fits: tokenise, find the forest, plan, simulate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from time import perf_counter
+
+import numpy as np
+
+from batchrun.config import RunConfig
+from batchrun.execution.loop import run_loop
+from batchrun.execution.simulate import SimulatedWorker
+from batchrun.formats.job import JobLint
+from batchrun.formats.plan import PlanFile
+from batchrun.intake import Intake, read_requests
+from batchrun.models import load_device_spec
+from batchrun.planning.memory import MemoryBudget, make_budget
+from batchrun.planning.planner import Plan, PlanOptions, fit_to_pool, make_plan
+from batchrun.prefix.forest import build_forest
+from batchrun.prefix.groups import PrefixGroups
+from batchrun.report.records import GroupSummary, KvUse, StepLog, TokenCounts, Warned, largest_groups
+from batchrun.request import JobLine, LineFault, Requests
+from batchrun.schedule.scheduler import Scheduler
+from batchrun.specs import ModelSpec
+from batchrun.subject import Fingerprint, Subject
+from batchrun.tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A job that is ready to run."""
+
+    tokenizer: Tokenizer
+    requests: Requests
+    plan: Plan
+    faults: list[LineFault]
+    clipped: int
+    clipped_to_pool: int
+    seconds: dict[str, float]
+
+
+def prepare(subject: Subject, lines: Iterator[JobLine], config: RunConfig) -> Prepared:
+    """Tokenise, find the forest, plan."""
+    began = perf_counter()
+    tokenizer = load_tokenizer(subject.model.path, config.chat_template)
+    intake = read_requests(lines, tokenizer, subject.spec, subject.generation_config, config)
+    tokenized = perf_counter()
+
+    device = load_device_spec(subject.device)
+    budget = make_budget(
+        subject.spec, device, subject.dtype, kv_memory=config.kv_memory, page_size=config.scheduler.page_size
+    )
+    options = PlanOptions(
+        schedule_order=config.schedule_order,
+        grouping=config.scheduler.grouping,
+        step_tokens=config.scheduler.step_tokens or device.step_tokens,
+        **({"first_guess": config.scheduler.expected_tokens} if config.scheduler.expected_tokens else {}),
+        seed=config.seed,
+    )
+    requests, planned, too_large, clipped_to_pool = _plan_what_fits(intake, subject.spec, budget, options)
+    return Prepared(
+        tokenizer=tokenizer,
+        requests=requests,
+        plan=planned,
+        faults=sorted([*intake.faults, *too_large], key=lambda fault: fault.number),
+        clipped=intake.clipped,
+        clipped_to_pool=clipped_to_pool,
+        seconds={"tokenize": tokenized - began, "plan": perf_counter() - tokenized},
+    )
+
+
+def _plan_what_fits(
+    intake: Intake, spec: ModelSpec, budget: MemoryBudget, options: PlanOptions
+) -> tuple[Requests, Plan, list[LineFault], int]:
+    """Plan; requests that the KV pool can never hold become faults of their lines, and the rest is planned again."""
+    requests, defaulted = intake.requests, intake.defaulted
+    faults: list[LineFault] = []
+    while True:
+        planned = make_plan(requests, build_forest(requests.tokens), spec, budget, options)
+        clipped, misfits = fit_to_pool(planned.groups, requests, budget, defaulted)
+        if not misfits.any():
+            if clipped:
+                planned = make_plan(requests, build_forest(requests.tokens), spec, budget, options)
+            return requests, planned, faults, clipped
+        lines = np.unique(requests.line[misfits])
+        for line in lines.tolist():
+            of_line = requests.line == line
+            asked = int((requests.tokens.lengths + requests.max_new_tokens)[of_line].max())
+            faults.append(
+                LineFault(
+                    int(requests.line_numbers[line]),
+                    requests.custom_ids[line],
+                    "context_length_exceeded",
+                    f"prompt and answer may take {asked} tokens, and the KV memory holds "
+                    f"{budget.pages * budget.page_size}; raise --kv-memory or lower max_tokens",
+                    "max_tokens",
+                )
+            )
+        keep = ~np.isin(requests.line, lines)
+        requests = requests.take_lines(np.setdiff1d(np.arange(len(requests.custom_ids)), lines))
+        defaulted = defaulted[keep]
+
+
+def simulate(prepared: Prepared) -> Simulated:
+    """The steps of a plan, from the scheduler itself."""
+    scheduler = Scheduler(prepared.plan, prepared.requests)
+    end = run_loop(scheduler, SimulatedWorker(prepared.plan.expected_new_tokens))
+    return Simulated(end.log, scheduler)
+
+
+@dataclass(frozen=True, slots=True)
+class Simulated:
+    log: StepLog
+    scheduler: Scheduler
+
+
+def plan_file(prepared: Prepared, simulated: Simulated, subject: Subject, fingerprint: Fingerprint) -> PlanFile:
+    planned, counters = prepared.plan, simulated.scheduler.counters
+    return PlanFile(
+        requests=len(prepared.requests),
+        tokens=TokenCounts(planned.prompt_logical, planned.prompt_physical, counters.prompt_computed, counters.sampled),
+        saving=planned.saving,
+        groups=summaries(planned.groups),
+        schedule_order=planned.options.schedule_order,
+        grouping=planned.options.grouping,
+        steps=len(simulated.log),
+        step_tokens=planned.options.step_tokens,
+        kv=KvUse(planned.budget.page_size, planned.budget.pages, simulated.scheduler.pool.peak_used),
+        expected_seconds=None,
+        model=subject.name,
+        dtype=subject.dtype,
+        fingerprint=fingerprint,
+    )
+
+
+def summaries(groups: PrefixGroups) -> tuple[GroupSummary, ...]:
+    depth = (groups.depth + groups.length).tolist()
+    return largest_groups(
+        GroupSummary(group, tokens, requests)
+        for group, (tokens, requests) in enumerate(zip(depth, groups.requests.tolist(), strict=True))
+    )
+
+
+def first_tokens(groups: PrefixGroups, requests: Requests, group: int, count: int) -> np.ndarray:
+    """The first tokens of the whole prefix of a group."""
+    start = int(groups.start[group] - groups.depth[group])
+    return requests.tokens.ids[start : start + min(count, int(groups.depth[group] + groups.length[group]))]
+
+
+def warnings_of(lint: JobLint, prepared: Prepared, subject: Subject, config: RunConfig) -> list[Warned]:
+    """What a person should know, each kind once."""
+    warnings = []
+    for name, count in lint.unknown_fields.most_common(20):
+        warnings.append(Warned("unknown_field", count, f"field {name!r} is not known and was ignored"))
+    others = {name: count for name, count in lint.models.items() if name != subject.name}
+    if others:
+        most = max(others, key=lambda name: others[name])
+        warnings.append(
+            Warned(
+                "model_mismatch",
+                sum(others.values()),
+                f"body.model names another model than {subject.name!r} (most often {most!r}); all lines ran with "
+                f"{subject.name!r}",
+            )
+        )
+    if prepared.clipped:
+        warnings.append(
+            Warned("max_tokens_clipped", prepared.clipped, "max_tokens reaches past the context and was cut to it")
+        )
+    if prepared.clipped_to_pool:
+        warnings.append(
+            Warned(
+                "max_tokens_clipped_to_memory",
+                prepared.clipped_to_pool,
+                "an answer without max_tokens may end early, where the KV memory ends; raise --kv-memory",
+            )
+        )
+    return warnings

@@ -1,0 +1,98 @@
+"""The model a job is run with, and how: what can be known before the job is read, and what of it decides results."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from batchrun.config import RunConfig
+from batchrun.devices import resolve_device, resolve_dtype
+from batchrun.models import ModelDir, read_model_spec, resolve_model
+from batchrun.specs import ModelSpec
+from batchrun.supported import check_supported
+
+Fingerprint = dict[str, str | int | float | bool | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """The model a job is run with, and how: all that can be known before the job is read."""
+
+    name: str
+    model: ModelDir
+    spec: ModelSpec
+    config: dict[str, Any]
+    generation_config: dict[str, Any]
+    device: str
+    dtype: str
+    environment: dict[str, Any]
+
+    @classmethod
+    def resolve(cls, config: RunConfig, *, weights: bool) -> Subject:
+        model = resolve_model(config.model, config.revision, weights=weights)
+        spec, model_config, generation_config = read_model_spec(model.path)
+        check_supported(model_config)
+        return cls(
+            name=config.model,
+            model=model,
+            spec=spec,
+            config=model_config,
+            generation_config=generation_config,
+            device=resolve_device(config.device),
+            dtype=resolve_dtype(config.dtype, spec.checkpoint_dtype),
+            environment=_environment(),
+        )
+
+
+def fingerprint_of(subject: Subject, job: str, config: RunConfig) -> Fingerprint:
+    """All that decides the results, by name."""
+    template = config.chat_template.read_bytes() if config.chat_template is not None else b""
+    return {
+        "job": job,
+        "model": _model_digest(subject.model.path),
+        "chat_template": hashlib.sha256(template).hexdigest() if template else None,
+        "dtype": subject.dtype,
+        "seed": config.seed,
+        "max_tokens": config.max_tokens,
+        "limit": config.limit,
+        "ignore_generation_config": config.ignore_generation_config,
+        "sampling": orjson.dumps(config.sampling.model_dump()).decode(),
+    }
+
+
+def _model_digest(path: Path) -> str:
+    """Sha256 of the model's small files and of the names, sizes and headers of its weights."""
+    digest = hashlib.sha256()
+    for file in sorted(path.iterdir()):
+        if file.suffix in (".json", ".jinja", ".txt"):
+            digest.update(file.name.encode() + b"\0" + file.read_bytes())
+        elif file.suffix == ".safetensors":
+            size = file.stat().st_size
+            with file.open("rb") as weights:
+                head = weights.read(1 << 16)
+                weights.seek(max(0, size - (1 << 16)))
+                digest.update(f"{file.name}\0{size}\0".encode() + head + weights.read())
+    return digest.hexdigest()
+
+
+def _environment() -> dict[str, Any]:
+    versions = {}
+    for package in ("batchrun", "torch", "transformers", "tokenizers", "numpy", "triton"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return {
+        **versions,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    }

@@ -1,0 +1,32 @@
+"""Shared by all tests: model directories made once a session, no network, quiet libraries."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+ModelFactory = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> ModelFactory:
+    """`model_dir(architecture, **options)`: a directory of `factories.make_model`, made once a session."""
+    made: dict[tuple[Any, ...], Path] = {}
+
+    def get(architecture: str = "llama", **options: Any) -> Path:
+        from factories import make_model
+
+        key = (architecture, repr(sorted(options.items())))
+        if key not in made:
+            made[key] = make_model(tmp_path_factory.mktemp(architecture) / architecture, architecture, **options)
+        return made[key]
+
+    return get
