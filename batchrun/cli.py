@@ -189,6 +189,7 @@ class _Terminal:
         self._quiet = quiet
         self._console = _console(stderr=True)
         self._progress: Any = None
+        self._rows = 0
         self._signalled = False
         self._handlers: dict[int, Any] = {}
 
@@ -219,14 +220,16 @@ class _Terminal:
             print_faults(self._console, faults, more_in="errors.jsonl")
 
     def stage(self, name: str) -> None:
-        if not self._quiet and name != "run":
+        from batchrun.report.progress import Progress
+
+        if name == "run":
+            self._progress = Progress(self._console, total_rows=self._rows, enabled=not self._quiet)
+            self._progress.__enter__()
+        elif not self._quiet:
             self._console.print(f"{name} ...", style="dim")
 
     def expected_rows(self, rows: int) -> None:
-        from batchrun.report.progress import Progress
-
-        self._progress = Progress(self._console, total_rows=rows, enabled=not self._quiet)
-        self._progress.__enter__()
+        self._rows = rows
 
     def step(self, rows: int, sampled: int, finished: int) -> None:
         self._progress.advance(rows, sampled, finished)

@@ -83,7 +83,7 @@ def _model_digest(path: Path) -> str:
 
 
 def _environment() -> dict[str, Any]:
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in ("batchrun", "torch", "transformers", "tokenizers", "numpy", "triton"):
         try:
             versions[package] = version(package)

@@ -95,11 +95,11 @@ class Sampler:
         def column(values: npt.NDArray[np.generic]) -> torch.Tensor:
             return torch.from_numpy(values[settings])[:, None]
 
-        logits = logits / column(self._temperature)
+        # Largest first made 0, so that a temperature near zero overflows to -inf for the others and to NaN for none.
+        logits = (logits - logits.amax(dim=-1, keepdim=True)) / column(self._temperature)
         if self._min_p[settings].any():
             # p < min_p * p_max, without the normaliser of both.
-            floor = logits.amax(dim=-1, keepdim=True) + column(self._min_p).log()
-            logits = logits.masked_fill(logits < floor, _NEVER)
+            logits = logits.masked_fill(logits < column(self._min_p).log(), _NEVER)
         top_k, top_p = self._top_k[settings], self._top_p[settings]
         if top_k.any() or (top_p < 1).any():
             logits = logits.masked_fill(logits < _threshold(logits, top_k, top_p), _NEVER)

@@ -19,11 +19,11 @@ from batchrun.engine.linear import PackedLinear, can_pack
 from batchrun.engine.model import load_model
 from batchrun.engine.torch_worker import TorchWorker
 from batchrun.errors import ModelRefused
-from batchrun.plan.memory import MemoryBudget
-from batchrun.plan.planner import PlanOptions, make_plan
+from batchrun.planning.memory import MemoryBudget
+from batchrun.planning.planner import PlanOptions, make_plan
 from batchrun.prefix.forest import build_forest
 from batchrun.request import Requests
-from batchrun.run.loop import run_loop
+from batchrun.execution.loop import run_loop
 from batchrun.schedule.scheduler import Scheduler
 from batchrun.schedule.step import Step
 from batchrun.specs import ModelSpec
