@@ -33,7 +33,7 @@ Model = Annotated[
     str | None, typer.Option("--model", "-m", help="Model directory, short name (demo, llama, qwen, ...) or hub id.")
 ]
 Config = Annotated[Path | None, typer.Option("--config", help="TOML file of settings; flags win over it.")]
-Device = Annotated[str | None, typer.Option("--device", help="auto, cpu or cuda.")]
+Device = Annotated[str | None, typer.Option("--device", help="auto or cpu; this version runs on no GPU.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the run.")]
 MaxTokens = Annotated[int | None, typer.Option("--max-tokens", help="Token limit of lines that have none.")]
@@ -131,7 +131,7 @@ def run(
 
 @app.command()
 def plan(
-    job: Job,
+    job: Annotated[str, typer.Argument(help="Job file: .jsonl, .jsonl.gz or .jsonl.zst.")],
     model: Model = None,
     config: Config = None,
     device: Device = None,
@@ -147,7 +147,10 @@ def plan(
     ignore_generation_config: IgnoreGenerationConfig = False,
     json: Json = False,
 ) -> None:
-    """Tell what a run would do, without weights and without running it; nothing is written."""
+    """Tell what a run would do, without running it.
+
+    It needs no weights, and it writes nothing.
+    """
     with _failures(json):
         from batchrun.config import load_config
         from batchrun.formats.results import encode_json

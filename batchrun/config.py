@@ -138,12 +138,13 @@ class RunConfig(_Section):
         description="Run directory; if unset it is named after the job: jobs.jsonl is run in jobs.run.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
-        default="auto", description="Where the model runs; auto takes the GPU where there is one."
+        default="auto",
+        description="Where the model runs; auto is the CPU, and cuda is refused: this version runs on no GPU.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",
-        description="Number type of weights and KV; auto is the checkpoint's on a GPU, and on a CPU bfloat16 where "
-        "the processor has it and the checkpoint is a half type, else float32.",
+        description="Number type of weights and KV; auto is bfloat16 where the checkpoint is a half type and the "
+        "processor computes in bfloat16, else float32.",
     )
     seed: int = Field(
         default=0, ge=0, lt=2**64, description="Seed of the run; a line without a seed gets one derived from it."

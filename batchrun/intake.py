@@ -28,12 +28,14 @@ class Intake:
         requests: those that can run.
         defaulted: bool `[R]`, requests whose token limit nobody set: it is what is left of the context.
         faults: lines that the tokenizer or the model's context refuses, in file order.
+        silent: lines that nobody set a token limit for.
         clipped: lines whose token limit was cut to the context.
     """
 
     requests: Requests
     defaulted: np.ndarray
     faults: list[LineFault]
+    silent: int
     clipped: int
 
 
@@ -68,7 +70,7 @@ def read_requests(
     columns = _Columns()
     faults: list[LineFault] = []
     known: dict[SamplingParams, int] = {}
-    clipped = 0
+    silent = clipped = 0
     stream = iter(lines)
     while batch := list(islice(stream, _BATCH)):
         for line, prompts in zip(batch, _encode(batch, tokenizer), strict=True):
@@ -79,7 +81,7 @@ def read_requests(
             sampling = resolve_sampling(
                 line.options, config.sampling, generation_config, config.ignore_generation_config
             )
-            cut = False
+            defaulted = cut = False
             assert not isinstance(prompts, str)
             for choice, ids in enumerate(prompts):
                 limit, defaulted, clip = resolve_max_tokens(
@@ -93,6 +95,7 @@ def read_requests(
                 columns.seed.append(derive_seed(config.seed, line.number, choice, line.options.seed))
                 columns.defaulted.append(defaulted and line.endpoint is Endpoint.CHAT)
                 cut |= clip
+            silent += defaulted
             clipped += cut
             columns.line_numbers.append(line.number)
             columns.custom_ids.append(line.custom_id)
@@ -108,7 +111,7 @@ def read_requests(
         custom_ids=columns.custom_ids,
         endpoints=columns.endpoints,
     )
-    return Intake(requests, np.array(columns.defaulted, dtype=bool), faults, clipped)
+    return Intake(requests, np.array(columns.defaulted, dtype=bool), faults, silent, clipped)
 
 
 def _encode(batch: list[JobLine], tokenizer: Tokenizer) -> Iterator[list[list[int]] | str]:

@@ -8,7 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -33,6 +33,7 @@ from batchrun.formats.rundir import (
     RunStatus,
     check_disk,
     estimate_disk,
+    output_errors,
     sort_results,
     write_text_atomic,
 )
@@ -186,8 +187,9 @@ def plan_job(job: str, config: RunConfig) -> Planned:
     subject = Subject.resolve(config, weights=False)
     source = open_job(job)
     lint = lint_job(source, config.limit)
-    _refuse_unrunnable(lint, config)
+    _refuse_unrunnable(lint.faults, lint.total, config)
     prepared = prepare(subject, _sound_lines(source, config.limit), config)
+    _refuse_unrunnable(prepared.faults, lint.total, config)
     faults = sorted([*lint.faults, *prepared.faults], key=lambda fault: fault.number)
     total = lint.total
     if not len(prepared.requests):
@@ -210,18 +212,21 @@ def run_job(job: str, config: RunConfig, observer: Observer | None = None) -> Ou
     began = time.perf_counter()
     subject = Subject.resolve(config, weights=True)
     with ExitStack() as stack:
-        source, out = _open_source(job, config)
+        source, out = _open_source(job, config, stack)
         lint = lint_job(source, config.limit)
-        _refuse_unrunnable(lint, config)
+        _refuse_unrunnable(lint.faults, lint.total, config)
+        if config.strict:  # all or none: what only the tokenizer can refuse is found before anything is written
+            faults = prepare(subject, _sound_lines(source, config.limit), config).faults
+            _refuse_unrunnable(faults, lint.total, config)
         fingerprint = fingerprint_of(subject, lint.fingerprint, config)
         run_dir = stack.enter_context(RunDir.open(out, fingerprint, fresh=config.fresh))
-        if source.path.parent == out and source.path.name != STDIN_JOB:
-            source.path.replace(out / STDIN_JOB)
-            source.path = out / STDIN_JOB
         if run_dir.state is RunState.FINISHED:
             assert run_dir.run is not None and run_dir.run.exit_code is not None
             done = read_report(out / REPORT)
             return Outcome(done, out, ExitCode(run_dir.run.exit_code), already_done=True)
+        if job == "-":
+            with output_errors(out):
+                source.path = source.path.replace(out / STDIN_JOB)
         stack.enter_context(_log_to(out / LOG))
         return _Run(source, lint, fingerprint, subject, config, run_dir, observer, began).execute()
 
@@ -333,12 +338,12 @@ class _Run:
 
     def _run_model(self, prepared: Prepared, scheduler: Scheduler, sink: ResultSink) -> tuple[StepLog, int, bool]:
         """Load the model and run the plan; answers go to `sink` as they come."""
+        self.observer.stage("load model")
+        began = time.perf_counter()
         from batchrun.engine.model import load_model
         from batchrun.engine.torch_worker import TorchWorker
 
         requests, plan = prepared.requests, prepared.plan
-        self.observer.stage("load model")
-        began = time.perf_counter()
         model = load_model(self.subject.model.path, self.subject.config, self.subject.dtype, self.subject.device)
         worker = TorchWorker(
             model,
@@ -446,18 +451,27 @@ class _Run:
 # --- what both do -------------------------------------------------------------------------------------------------
 
 
-def _open_source(job: str, config: RunConfig) -> tuple[JobSource, Path]:
-    """The job and its run directory; standard input is kept in the latter, so that the run can be resumed."""
+def _open_source(job: str, config: RunConfig, stack: ExitStack) -> tuple[JobSource, Path]:
+    """The job and its run directory; standard input is put into the latter, where `stack` removes it again unless a
+    run has taken it."""
     if job != "-":
         source = open_job(job)
         return source, config.out or source.default_out()
     if config.out is None:
         raise UsageError("A job from standard input needs a run directory.", hint="Give one with -o DIR.")
-    try:
-        config.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"The run directory {config.out} cannot be made: {error.strerror}.") from error
-    return spool_stdin(config.out / f".{STDIN_JOB}.{os.getpid()}", sys.stdin.buffer), config.out
+    out = config.out
+    if not out.exists():
+        with output_errors(out):
+            out.mkdir(parents=True)
+        stack.callback(_remove_if_empty, out)
+    spool = out / f".{STDIN_JOB}.{os.getpid()}"
+    stack.callback(spool.unlink, missing_ok=True)
+    return spool_stdin(spool, sys.stdin.buffer), out
+
+
+def _remove_if_empty(directory: Path) -> None:
+    with suppress(OSError):
+        directory.rmdir()
 
 
 def _sound_lines(source: JobSource, limit: int | None) -> Iterator[JobLine]:
@@ -465,15 +479,15 @@ def _sound_lines(source: JobSource, limit: int | None) -> Iterator[JobLine]:
     return (item for item in islice(read_job(source), limit) if isinstance(item, JobLine))
 
 
-def _refuse_unrunnable(lint: JobLint, config: RunConfig) -> None:
-    if lint.total == 0:
+def _refuse_unrunnable(faults: list[LineFault], total: int, config: RunConfig) -> None:
+    """An empty job, and under --strict one with bad lines: those that the file shows, or those that the model does."""
+    if total == 0:
         raise NothingRunnable("The job has no requests: every line is blank, or there is none.", code="empty_batch")
-    faults = lint.faults
     if config.strict and faults:
         shown = "\n".join(_shown(fault) for fault in faults[:10])
         more = f"\nand {len(faults) - 10:,} more" if len(faults) > 10 else ""
         raise NothingRunnable(
-            f"{len(faults):,} of {lint.total:,} lines are bad, and --strict runs all lines or none:\n{shown}{more}",
+            f"{len(faults):,} of {total:,} lines are bad, and --strict runs all lines or none:\n{shown}{more}",
             hint="Mend them, or leave --strict out to run the others.",
         )
 

@@ -8,7 +8,7 @@ from time import perf_counter
 
 import numpy as np
 
-from batchrun.config import RunConfig
+from batchrun.config import COMPLETIONS_MAX_TOKENS, RunConfig
 from batchrun.execution.loop import run_loop
 from batchrun.execution.simulate import SimulatedWorker
 from batchrun.formats.job import JobLint
@@ -35,6 +35,7 @@ class Prepared:
     requests: Requests
     plan: Plan
     faults: list[LineFault]
+    silent: int
     clipped: int
     clipped_to_pool: int
     seconds: dict[str, float]
@@ -64,6 +65,7 @@ def prepare(subject: Subject, lines: Iterator[JobLine], config: RunConfig) -> Pr
         requests=requests,
         plan=planned,
         faults=sorted([*intake.faults, *too_large], key=lambda fault: fault.number),
+        silent=intake.silent,
         clipped=intake.clipped,
         clipped_to_pool=clipped_to_pool,
         seconds={"tokenize": tokenized - began, "plan": perf_counter() - tokenized},
@@ -162,6 +164,15 @@ def warnings_of(lint: JobLint, prepared: Prepared, subject: Subject, config: Run
                 sum(others.values()),
                 f"body.model names another model than {subject.name!r} (most often {most!r}); all lines ran with "
                 f"{subject.name!r}",
+            )
+        )
+    if prepared.silent:
+        warnings.append(
+            Warned(
+                "max_tokens_default",
+                prepared.silent,
+                f"no max_tokens: a completion gets {COMPLETIONS_MAX_TOKENS}, a chat what is left of the context; "
+                "--max-tokens sets another limit",
             )
         )
     if prepared.clipped:

@@ -14,6 +14,7 @@ import orjson
 
 from batchrun.config import RunConfig
 from batchrun.devices import resolve_device, resolve_dtype
+from batchrun.errors import UsageError
 from batchrun.models import ModelDir, read_model_spec, resolve_model
 from batchrun.specs import ModelSpec
 from batchrun.supported import check_supported
@@ -52,12 +53,15 @@ class Subject:
 
 
 def fingerprint_of(subject: Subject, job: str, config: RunConfig) -> Fingerprint:
-    """All that decides the results, by name."""
-    template = config.chat_template.read_bytes() if config.chat_template is not None else b""
+    """All that decides the results, by name.
+
+    Raises:
+        UsageError: the chat template cannot be read.
+    """
     return {
         "job": job,
         "model": _model_digest(subject.model.path),
-        "chat_template": hashlib.sha256(template).hexdigest() if template else None,
+        "chat_template": _template_digest(config.chat_template) if config.chat_template is not None else None,
         "dtype": subject.dtype,
         "seed": config.seed,
         "max_tokens": config.max_tokens,
@@ -65,6 +69,13 @@ def fingerprint_of(subject: Subject, job: str, config: RunConfig) -> Fingerprint
         "ignore_generation_config": config.ignore_generation_config,
         "sampling": orjson.dumps(config.sampling.model_dump()).decode(),
     }
+
+
+def _template_digest(template: Path) -> str:
+    try:
+        return hashlib.sha256(template.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UsageError(f"The chat template {template} cannot be read: {error.strerror}.") from error
 
 
 def _model_digest(path: Path) -> str:

@@ -29,7 +29,8 @@ def check_supported(config: Mapping[str, Any]) -> None:
             hint=f"Supported: {', '.join(MODEL_TYPES)}.",
             code="model_refused",
         )
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    # Where a config has both, transformers takes the older name.
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ROPE_TYPES:
         raise ModelRefused(

@@ -79,7 +79,7 @@ class Sampler:
         early = num_sampled < self._min_tokens[settings]
         for which in np.unique(settings[early]).tolist():
             ends = self._ends[which]
-            ends = ends[ends < logits.shape[-1]]
+            ends = ends[(ends >= 0) & (ends < logits.shape[-1])]
             rows = np.flatnonzero(early & (settings == which))
             logits[torch.from_numpy(rows)[:, None], torch.from_numpy(ends)[None]] = _NEVER
 

@@ -238,7 +238,20 @@ class RunState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class RunFile:
-    """`run.json`. Times are seconds of Unix time.
+    """`run.json`: what a run is and how far it is. Times are seconds of Unix time.
+
+    Attributes:
+        id: made at the first start, kept by later ones.
+        object: `batch`, as in OpenAI's batch object.
+        status: `in_progress`, `finalizing`, `completed`, `stopped` or `cancelled`.
+        exit_code: what the command ended with; None while it runs.
+        request_counts: what became of the lines.
+        errors: failed lines by code.
+        model: as it was given.
+        fingerprint: all that decides the results, by name; a start with another one is refused.
+        created_at, completed_at: of the run.
+        in_progress_at: of the latest start.
+        environment: versions and machine.
 
     Raises:
         ValueError: a finished run without an exit code or with lines remaining.
@@ -249,11 +262,11 @@ class RunFile:
     status: RunStatus
     exit_code: int | None
     request_counts: RequestCounts
-    errors: dict[str, int]  # failed lines by code
+    errors: dict[str, int]
     model: str
     fingerprint: dict[str, str | int | float | bool | None]
     created_at: int
-    in_progress_at: int  # of the latest start
+    in_progress_at: int
     completed_at: int | None
     environment: dict[str, Any]
 

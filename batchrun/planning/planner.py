@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -43,7 +43,7 @@ class Plan:
     Attributes:
         groups: the shared prefixes and who reads them.
         order: int32 `[R]`, the requests in the order in which they are admitted.
-        budget: memory.
+        budget: memory; the pool is no larger than the job can use.
         expected_new_tokens: int32 `[R]`.
         options: as given.
         prompt_logical: tokens of all prompts.
@@ -92,6 +92,8 @@ def make_plan(
         expected_new_tokens=expected,
         merge_cost=merge_cost(model),
     )
+    # No more pages than the job can ever use: the pool then does not depend on what memory happens to be free.
+    budget = replace(budget, pages=min(budget.pages, _most_pages(groups, requests, budget, options.step_tokens)))
     prompt = requests.tokens.lengths.astype(np.int32)
     order = ORDERS[options.schedule_order](forest, groups, prompt, expected, options.seed)
     return Plan(
@@ -104,6 +106,13 @@ def make_plan(
         prompt_physical=forest.prompt_physical,
         saving=forest.saving,
     )
+
+
+def _most_pages(groups: PrefixGroups, requests: Requests, budget: MemoryBudget, step_tokens: int) -> int:
+    """Pages that are taken when all prefixes are held and as many requests as a step has rows run to their limits."""
+    own = -(-(requests.tokens.lengths - groups.request_depth + requests.max_new_tokens - 1) // budget.page_size)
+    most = np.sort(own)[::-1][:step_tokens]
+    return int(most.sum() + (-(-groups.length // budget.page_size)).sum())
 
 
 def pages_needed(groups: PrefixGroups, requests: Requests, budget: MemoryBudget) -> npt.NDArray[np.int64]:

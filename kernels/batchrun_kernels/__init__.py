@@ -1,0 +1,1 @@
+"""Attention kernels, and what they compute in plain torch. Importing the package loads no triton."""

@@ -15,17 +15,20 @@ def shared_prefix_attention(
     *,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of each row over the places of a KV pool that it sees; who shares them makes no difference to the result.
+    """Attention of each row over the places of a KV pool that it sees. Which rows share a place makes no difference.
+
+    With `s_j = scale * q . k_j` for the places j that a row sees, in natural logarithms:
+
+        lse = log(sum_j exp(s_j))          out = sum_j exp(s_j - lse) * v_j
 
     Args:
         query: `[T, Hq, D]`; query head h reads KV head `h // (Hq / Hkv)`.
         keys, values: `[places, Hkv, D]`, the pool.
         visible: for each row the places it sees, int64 `[*]`; may be empty.
-        scale: what scores are multiplied with before the softmax.
+        scale: what scores are multiplied by before the softmax.
 
     Returns:
-        `[T, Hq, D]` and the natural log-sum-exp of the scores, `[T, Hq]`, in float32. A row that sees nothing has 0 and
-        -inf.
+        `out [T, Hq, D]` and `lse [T, Hq]`, float32. A row that sees nothing has 0 and -inf.
     """
     rows, heads, dim = query.shape
     group = heads // keys.shape[1]
@@ -44,14 +47,17 @@ def shared_prefix_attention(
 def merge_states(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Merge P attention results over disjoint KV into the result over all of it.
 
+        lse = log(sum_p exp(lse_p))        out = sum_p exp(lse_p - lse) * out_p
+
     Args:
-        outs: `[P, ..., D]`.
+        outs: `[P, ..., D]`; 0 where nothing was seen.
         lses: `[P, ...]`, natural log-sum-exp of the scores of each; -inf where nothing was seen.
 
     Returns:
-        `[..., D]` and `[...]`; 0 and -inf where no result saw anything, never NaN.
+        `out [..., D]` and `lse [...]`, float32; 0 and -inf where no result saw anything, never NaN.
     """
+    outs, lses = outs.float(), lses.float()
     lse = torch.logsumexp(lses, dim=0)
-    shift = torch.where(lse == float("-inf"), 0.0, lse)
+    shift = torch.where(lse == float("-inf"), 0.0, lse)  # -inf - -inf would be NaN
     weights = torch.exp(lses - shift)
     return (outs * weights[..., None]).sum(dim=0), lse

@@ -1,4 +1,7 @@
-"""The engine's attention equals the reference on every step of any job: levels, chunks, decodes, windows, page layouts."""
+"""The engine's attention equals the reference on every step of any job: levels, chunks, decodes, windows, page layouts.
+
+The steps are the scheduler's own; the keys that a row may see are told from the steps alone, place by place.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,13 @@ import numpy as np
 import pytest
 import torch
 from batchrun_kernels.reference import shared_prefix_attention
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from oracles import make_requests
 
+from batchrun.engine import batch as batch_module
 from batchrun.engine.attention import batchrun_attention
-from batchrun.engine.batch import Batch
+from batchrun.engine.batch import AttentionWork, Batch
 from batchrun.engine.kv_cache import KVCache, PageTables
 from batchrun.errors import ModelRefused
 from batchrun.planning.memory import MemoryBudget
@@ -47,11 +53,13 @@ class Follower:
         pages = self.pages[slot]
         return [pages[own // self.page_size] * self.page_size + own % self.page_size for own in range(length)]
 
-    def apply(self, step: Step) -> None:
+    def apply(self, step: Step) -> list[int]:
+        """Take in what a step releases and grants; returns the pages that it grants."""
         for slot in step.releases.tolist():
             del self.pages[slot]
         for slot, page in zip(step.grant_sequence.tolist(), step.grant_page.tolist(), strict=True):
             self.pages.setdefault(slot, []).append(page)
+        return step.grant_page.tolist()
 
     def visible(self, step: Step, window: int | None) -> list[torch.Tensor]:
         reads = step.prefix_reads
@@ -91,8 +99,8 @@ def steps_of(
 
 
 def tree(*levels: int, branching: int, own: tuple[int, ...]) -> list[list[int]]:
-    """Prompts that share `levels[0]` tokens with all others, the next `levels[1]` with a `branching`th of them, ...; and
-    end in `own[i % len(own)]` tokens of their own."""
+    """Prompts that share `levels[0]` tokens with all others, the next `levels[1]` with a `branching`th of them, and so
+    on; prompt i ends in `own[i % len(own)]` tokens of its own."""
     leaves = branching ** len(levels)
     prompts: list[list[int]] = [[] for _ in range(leaves)]
     token = 0
@@ -108,12 +116,40 @@ def tree(*levels: int, branching: int, own: tuple[int, ...]) -> list[list[int]]:
     return prompts
 
 
+def kinds_of(work: AttentionWork, step: Step) -> set[str]:
+    """What kinds of calls make up the attention of a layer, in words."""
+    levels = int(step.prefix_reads.level.max(initial=-1)) + 1
+    kinds = set()
+    for read in work.dense:
+        if read.partial < levels:
+            kinds.add("prefix")
+            kinds.add(f"prefix of level {read.partial}")
+            if read.rows == 1:
+                kinds.add("prefix of one row")
+            if read.mask is not None:
+                kinds.add("masked prefix")
+            if read.blind is not None:
+                kinds.add("rows blind to a prefix")
+        elif read.partial > levels:
+            kinds.add("earlier chunks")
+        else:
+            kinds.add("long decode" if read.mask is None else "windowed chunk")
+        kinds.add("view" if read.kv.index is None else "gather")
+    for chunk in work.causal:
+        kinds.add("causal chunks" if chunk.chunks > 1 else "causal chunk")
+    for short in work.ragged:
+        kinds.add("decodes" if short.rows == 1 else "short chunks")
+        if short.real is not None:
+            kinds.add("padded chunks")
+    return kinds
+
+
 def check(
     prompts: list[list[int]],
     *,
     heads: tuple[int, int] = (6, 3),
     head_dim: int = 8,
-    windows: tuple[int | None, ...] = (None,),
+    windows: tuple[int | None, ...] = (None, None),
     page_size: int = 4,
     pages: int = 400,
     step_tokens: int = 1000,
@@ -121,24 +157,30 @@ def check(
     new_tokens: int = 3,
     dtype: torch.dtype = torch.float32,
     tolerance: float = 1e-5,
+    expect: set[str] = frozenset(),  # type: ignore[assignment]
 ) -> None:
-    """Run all steps of a job through one layer for each window, and compare each row with the reference."""
+    """Run all steps of a job through a layer for each of `windows`, and compare each row with the reference; `expect`
+    names kinds of calls that have to occur."""
     requests = make_requests(prompts, [new_tokens] * len(prompts), ignore_eos=True)
     tables, follower = PageTables(page_size), Follower(page_size)
     heads_q, heads_kv = heads
-    cache = KVCache(
-        len(windows), heads_kv, head_dim, num_pages=pages, page_size=page_size, dtype=dtype, device="cpu"
-    )
-    for pool in (*cache.keys, *cache.values):
+    cache = KVCache(len(windows), heads_kv, head_dim, num_pages=pages, page_size=page_size, dtype=dtype, device="cpu")
+    pools = [*cache.keys, *cache.values]
+    for pool in pools:
         pool.fill_(float("nan"))  # so that a place read before it is written shows
     generator = torch.Generator().manual_seed(0)
-    for step in steps_of(
-        requests, page_size=page_size, pages=pages, step_tokens=step_tokens, scattered=scattered
-    ):
+    kinds: set[str] = set()
+    for step in steps_of(requests, page_size=page_size, pages=pages, step_tokens=step_tokens, scattered=scattered):
         tables.apply(step)
-        follower.apply(step)
+        for page in follower.apply(step):
+            for pool in pools:
+                pool[page * page_size : (page + 1) * page_size] = float("nan")
         batch = Batch(step, tables, heads_q // heads_kv, dtype)
         for layer, window in enumerate(windows):
+            work = batch.work(window)
+            kinds |= kinds_of(work, step)
+            if work.partials == 1:  # then every row of it has to be written
+                batch.partial_results(window, heads_kv, head_dim)[0].fill_(float("nan"))
             # As transformers hands them over: [1, heads, T, D], token-major in memory.
             query, key, value = (
                 torch.randn(1, step.num_rows, n, head_dim, generator=generator).to(dtype).transpose(1, 2)
@@ -154,32 +196,53 @@ def check(
                 follower.visible(step, window),
                 scale=0.4,
             )
-            error = (out[0].float() - expected).norm(dim=-1) / expected.norm(dim=-1)
             assert out.shape == (1, step.num_rows, heads_q, head_dim)
+            error = (out[0].float() - expected).norm(dim=-1) / expected.norm(dim=-1)
             assert float(error.max()) < tolerance, (step.index, window)  # NaN is not below
+    assert expect <= kinds
+
+
+# Grids over one thing at a time ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("levels", [(), (9,), (9, 5), (9, 5, 6)])
 @pytest.mark.parametrize("scattered", [False, True])
 def test_levels(levels: tuple[int, ...], scattered: bool) -> None:
-    check(tree(*levels, branching=2, own=(1, 4, 7)) if levels else [[1, 2, 3], [4] * 9], scattered=scattered)
+    read = {"gather" if scattered else "view", *(f"prefix of level {level}" for level in range(len(levels)))}
+    prompts = tree(*levels, branching=2, own=(1, 4, 7)) if levels else [[1, 2, 3], [4] * 9, [5] * 30]
+    check(prompts, scattered=scattered, expect=read if levels else {"causal chunk", "short chunks"})
 
 
-@pytest.mark.parametrize("heads", [(1, 1), (2, 2), (2, 1), (4, 1), (9, 3), (7, 1), (8, 1)])
-@pytest.mark.parametrize("head_dim", [8, 20, 64])
+@pytest.mark.parametrize("heads", [(1, 1), (3, 3), (2, 1), (6, 3), (9, 3), (7, 1), (14, 2)])
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128])
 def test_heads(heads: tuple[int, int], head_dim: int) -> None:
-    check(tree(6, 5, branching=2, own=(2, 18)), heads=heads, head_dim=head_dim)
+    check(
+        tree(6, 5, branching=2, own=(2, 18)),
+        heads=heads,
+        head_dim=head_dim,
+        new_tokens=2,
+        expect={"prefix", "short chunks", "causal chunk", "decodes"},
+    )
 
 
-@pytest.mark.parametrize("page_size", [1, 4, 16])
+@pytest.mark.parametrize("page_size", [1, 3, 16])
 @pytest.mark.parametrize("length", [15, 16, 17])
-def test_page_boundaries(page_size: int, length: int) -> None:
-    check(tree(length, branching=3, own=(length, 1, 2)), page_size=page_size, scattered=True)
+@pytest.mark.parametrize("scattered", [False, True])
+def test_page_boundaries(page_size: int, length: int, scattered: bool) -> None:
+    check(tree(length, branching=3, own=(length, 1, 2)), page_size=page_size, scattered=scattered, expect={"prefix"})
 
 
 @pytest.mark.parametrize("step_tokens", [1, 3, 17, 40])
 def test_chunks_mixed_with_decodes(step_tokens: int) -> None:
-    check(tree(21, 18, branching=2, own=(1, 19, 40, 2)), step_tokens=step_tokens)
+    """Chunks that begin inside a prompt, inside a prefix, and beside the decodes of others."""
+    kinds = {1: {"decodes"}, 3: {"short chunks"}, 17: {"earlier chunks"}, 40: {"padded chunks"}}
+    check(tree(21, 18, branching=2, own=(1, 19, 40, 2)), step_tokens=step_tokens, expect=kinds[step_tokens])
+
+
+def test_groups_of_one_duplicates_and_prompts_that_are_prefixes_of_others() -> None:
+    shared = list(range(20))
+    prompts = [shared, shared, shared, shared[:11], [*shared, 30, 31], [*shared, 30, 32], [50] * 9, [60], [60]]
+    check(prompts, step_tokens=25, expect={"prefix of level 0", "prefix of level 1", "prefix of one row"})
 
 
 @pytest.mark.parametrize("window", [1, 2, 7, 16, 30])
@@ -187,33 +250,91 @@ def test_chunks_mixed_with_decodes(step_tokens: int) -> None:
 def test_windows(window: int, step_tokens: int) -> None:
     """Layers with and without a window in one model, as Qwen2 has them."""
     prompts = tree(9, 7, branching=2, own=(1, 25, 4))
-    check(prompts, windows=(None, window, None, window + 3), step_tokens=step_tokens, new_tokens=6)
+    expect = {"masked prefix"} if window in (7, 16) else set()
+    if window == 7 and step_tokens == 1000:
+        expect |= {"rows blind to a prefix", "windowed chunk"}
+    check(prompts, windows=(None, window, None, window + 3), step_tokens=step_tokens, new_tokens=6, expect=expect)
 
 
 @pytest.mark.parametrize("scattered", [False, True])
 @pytest.mark.parametrize("windows", [(None,), (500,), (40, None)])
 def test_long_own_kv(scattered: bool, windows: tuple[int | None, ...]) -> None:
     """Own KV longer than what short chunks of several sequences are put together for."""
+    expect = {"long decode", "gather" if scattered else "view"}
+    expect.add("earlier chunks" if None in windows else "windowed chunk")
     check(
         [[1] * 530, [2] * 515, [3] * 7],
         heads=(2, 1),
         windows=windows,
         step_tokens=300,
         scattered=scattered,
+        expect=expect,
     )
 
 
 def test_neighbouring_chunks_of_equal_length() -> None:
-    check(tree(10, branching=5, own=(20, 20, 20, 33, 33)))
+    check(tree(10, branching=5, own=(20, 20, 20, 33, 33)), expect={"causal chunks"})
 
 
 def test_half_precision() -> None:
     check(tree(40, 20, branching=2, own=(1, 30)), dtype=torch.bfloat16, tolerance=2e-2)
+    check(tree(40, 20, branching=2, own=(1, 30)), windows=(25,), dtype=torch.bfloat16, tolerance=2e-2)
 
 
 def test_pages_are_used_again() -> None:
     """A pool so small that sequences live on the pages of others before them."""
     check([[i] * 9 for i in range(12)], pages=8, step_tokens=20)
+
+
+# Any job ----------------------------------------------------------------------------------------------------------
+
+
+@given(
+    prompts=st.lists(
+        st.lists(st.integers(0, 1), min_size=1, max_size=30)
+        | st.tuples(st.integers(0, 1), st.integers(1, 40)).map(lambda run: [run[0]] * run[1]),
+        min_size=1,
+        max_size=8,
+    ),
+    group=st.sampled_from([1, 2, 3, 7]),
+    window=st.none() | st.integers(1, 40),
+    page_size=st.sampled_from([1, 3, 16]),
+    extra_pages=st.integers(0, 20),
+    step_tokens=st.integers(1, 60),
+    scattered=st.booleans(),
+    short_rows=st.sampled_from([1, 3, 16]),
+    short_kv=st.sampled_from([1, 8, 512]),
+)
+@settings(max_examples=80, deadline=None)
+def test_any_job(
+    prompts: list[list[int]],
+    group: int,
+    window: int | None,
+    page_size: int,
+    extra_pages: int,
+    step_tokens: int,
+    scattered: bool,
+    short_rows: int,
+    short_kv: int,
+) -> None:
+    """With lower bounds on what counts as short, small jobs take every path."""
+    pages = sum(-(-(len(prompt) + 3) // page_size) + 1 for prompt in prompts) + extra_pages
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batch_module, "_SHORT_ROWS", short_rows)
+        patch.setattr(batch_module, "_SHORT_KV", short_kv)
+        check(
+            prompts,
+            heads=(2 * group, 2),
+            head_dim=16,
+            windows=(window, window),
+            page_size=page_size,
+            pages=pages,
+            step_tokens=step_tokens,
+            scattered=scattered,
+        )
+
+
+# What is not computed -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,11 @@ from batchrun.engine.linear import PackedLinear, can_pack
 from batchrun.engine.model import load_model
 from batchrun.engine.torch_worker import TorchWorker
 from batchrun.errors import ModelRefused
+from batchrun.execution.loop import run_loop
 from batchrun.planning.memory import MemoryBudget
 from batchrun.planning.planner import PlanOptions, make_plan
 from batchrun.prefix.forest import build_forest
 from batchrun.request import Requests
-from batchrun.execution.loop import run_loop
 from batchrun.schedule.scheduler import Scheduler
 from batchrun.schedule.step import Step
 from batchrun.specs import ModelSpec
@@ -111,12 +111,10 @@ def without_end(answer: list[int]) -> list[int]:
 def test_equals_generate(
     model_dir: ModelFactory, architecture: str, pages: int, page_size: int, step_tokens: int, scattered: bool
 ) -> None:
-    """One roomy run with large steps; one with small chunks, scattered pages and a pool that makes them change hands."""
+    """A roomy run with large steps; one with small chunks, scattered pages and a pool so small that they go around."""
     model = model_dir(architecture)
     requests = make_requests(PROMPTS, [NEW_TOKENS] * len(PROMPTS))
-    found = answers_of(
-        model, requests, pages=pages, page_size=page_size, step_tokens=step_tokens, scattered=scattered
-    )
+    found = answers_of(model, requests, pages=pages, page_size=page_size, step_tokens=step_tokens, scattered=scattered)
     expected = generated(model)
     assert [without_end(each) for each in found] == [without_end(each) for each in expected]
     assert len({tuple(answer) for answer in expected}) > len(PROMPTS) // 2, "the model says the same to everything"
