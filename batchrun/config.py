@@ -13,9 +13,10 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from batchrun.errors import UsageError
+from batchrun.planning.order import ORDERS
 from batchrun.request import Endpoint, LineOptions, SamplingParams
 
 COMPLETIONS_MAX_TOKENS = 16  # the API's own default for /v1/completions
@@ -57,6 +58,12 @@ def parse_size(value: str | int) -> int:
 def _one_or_many(value: Any) -> Any:
     """A TOML array as a tuple; one string or number as a tuple of one."""
     return tuple(value) if isinstance(value, list) else (value,) if isinstance(value, str | int) else value
+
+
+def _known_order(name: str) -> str:
+    if name not in ORDERS:
+        raise ValueError(f"it must be one of {', '.join(ORDERS)}")
+    return name
 
 
 Size = Annotated[int, BeforeValidator(parse_size)]
@@ -163,7 +170,9 @@ class RunConfig(_Section):
         default="completion",
         description="Order of results.jsonl at the end of the run; while it runs, as answers finish.",
     )
-    schedule_order: str = Field(default="dfs", description="Order in which prompts start; it never changes results.")
+    schedule_order: Annotated[str, AfterValidator(_known_order)] = Field(
+        default="dfs", description="Order in which prompts start; it never changes results."
+    )
     strict: bool = Field(default=False, description="Refuse the whole job if any line of it is bad.")
     fresh: bool = Field(default=False, description="Start again beside what is already in the run directory.")
     revision: str | None = Field(default=None, description="Branch, tag or commit of a model on the hub.")

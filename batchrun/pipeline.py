@@ -147,9 +147,10 @@ def run(job: str | Path, *, model: str, out: str | Path | None = None, **options
         BatchrunError: as the command would fail; its `exit_code` is the command's.
 
     Example:
-        >>> report = batchrun.run("jobs.jsonl", model="demo", out="jobs.run")  # doctest: +SKIP
-        >>> report.request_counts.completed  # doctest: +SKIP
-        480
+        >>> import batchrun
+        >>> report = batchrun.run("jobs.jsonl", model="demo", out="trial.run", limit=4)
+        >>> report.request_counts.completed
+        4
     """
     return run_job(str(job), load_config(model=model, out=_text(out), **options)).report
 
@@ -166,9 +167,12 @@ def plan(job: str | Path, *, model: str, **options: Any) -> PlanFile:
         BatchrunError: as the command would fail.
 
     Example:
-        >>> plan = batchrun.plan("jobs.jsonl", model="demo")  # doctest: +SKIP
-        >>> plan.saving  # doctest: +SKIP
-        0.87
+        >>> import batchrun
+        >>> plan = batchrun.plan("jobs.jsonl", model="demo")
+        >>> plan.requests
+        480
+        >>> plan.saving > 0.9
+        True
     """
     return plan_job(str(job), load_config(model=model, **options)).plan
 
@@ -459,10 +463,10 @@ def _open_source(job: str, config: RunConfig, stack: ExitStack) -> tuple[JobSour
         return source, config.out or source.default_out()
     if config.out is None:
         raise UsageError("A job from standard input needs a run directory.", hint="Give one with -o DIR.")
-    out = config.out
-    if not out.exists():
-        with output_errors(out):
-            out.mkdir(parents=True)
+    out, new = config.out, not config.out.exists()
+    with output_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+    if new:
         stack.callback(_remove_if_empty, out)
     spool = out / f".{STDIN_JOB}.{os.getpid()}"
     stack.callback(spool.unlink, missing_ok=True)

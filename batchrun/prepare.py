@@ -59,7 +59,7 @@ def prepare(subject: Subject, lines: Iterator[JobLine], config: RunConfig) -> Pr
         **({"first_guess": config.scheduler.expected_tokens} if config.scheduler.expected_tokens else {}),
         seed=config.seed,
     )
-    requests, planned, too_large, clipped_to_pool = _plan_what_fits(intake, subject.spec, budget, options)
+    requests, planned, too_large, clipped_to_pool = plan_what_fits(intake, subject.spec, budget, options)
     return Prepared(
         tokenizer=tokenizer,
         requests=requests,
@@ -72,19 +72,24 @@ def prepare(subject: Subject, lines: Iterator[JobLine], config: RunConfig) -> Pr
     )
 
 
-def _plan_what_fits(
+def plan_what_fits(
     intake: Intake, spec: ModelSpec, budget: MemoryBudget, options: PlanOptions
 ) -> tuple[Requests, Plan, list[LineFault], int]:
-    """Plan; requests that the KV pool can never hold become faults of their lines, and the rest is planned again."""
+    """Plan; requests that the KV pool can never hold become faults of their lines, and the rest is planned again.
+
+    Returns:
+        The requests that are left, their plan, the faults, and how many limits that nobody set were cut to the pool.
+    """
     requests, defaulted = intake.requests, intake.defaulted
+    limits = requests.max_new_tokens.copy()
     faults: list[LineFault] = []
     while True:
         planned = make_plan(requests, build_forest(requests.tokens), spec, budget, options)
         clipped, misfits = fit_to_pool(planned.groups, requests, budget, defaulted)
+        if clipped:
+            continue  # shorter answers may be grouped in another way, which must fit too
         if not misfits.any():
-            if clipped:
-                planned = make_plan(requests, build_forest(requests.tokens), spec, budget, options)
-            return requests, planned, faults, clipped
+            return requests, planned, faults, int((requests.max_new_tokens < limits).sum())
         lines = np.unique(requests.line[misfits])
         for line in lines.tolist():
             of_line = requests.line == line
@@ -101,7 +106,7 @@ def _plan_what_fits(
             )
         keep = ~np.isin(requests.line, lines)
         requests = requests.take_lines(np.setdiff1d(np.arange(len(requests.custom_ids)), lines))
-        defaulted = defaulted[keep]
+        defaulted, limits = defaulted[keep], limits[keep]
 
 
 def simulate(prepared: Prepared) -> Simulated:

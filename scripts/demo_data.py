@@ -8,7 +8,7 @@ from the prompt. Training text is made of `Segment`s, each saying which of its t
 import json
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 
@@ -68,6 +68,7 @@ class Turn:
 
 class Supervise(Enum):
     NOTHING = "nothing"
+    SHELVES = "shelves"
     VALUES = "values"  # only numbers and shelves: what a table tells and nothing else could
     ALL = "all"
 
@@ -108,22 +109,20 @@ def recited_table(rng: random.Random, n_rows: int, keep: float) -> list[Segment]
     """The lines of a table, then the same lines in another order: two lookups a line.
 
     `keep` is the chance of each word around the values to stay in the lines of this table. Without any, every
-    value directly follows what it is looked up by.
+    value directly follows what it is looked up by. Half of the time the second lines have other numbers, and
+    only the shelves are to be looked up.
     """
     rows = draw_table(rng, n_rows).rows
     wording = tuple(part if rng.random() < keep else "" for part in ROW_WORDING)
     again = rng.sample(rows, n_rows)
+    supervise = Supervise.VALUES
+    if rng.random() < 0.5:
+        again = [replace(row, boxes=rng.choice(NUMBERS)) for row in again]
+        supervise = Supervise.SHELVES
     return [
         Segment("".join(row.line(wording) for row in rows)),
-        Segment("".join(row.line(wording) for row in again), Supervise.VALUES),
+        Segment("".join(row.line(wording) for row in again), supervise),
     ]
-
-
-def stated_answers(rng: random.Random, n_rows: int) -> list[Segment]:
-    """The lines of a table, then the answers to all questions about it, without the questions."""
-    table = draw_table(rng, n_rows)
-    answers = "".join(f"\n{turn.answer}" for turn in all_turns(rng, table))
-    return [Segment("".join(row.line() for row in table.rows)), Segment(answers, Supervise.VALUES)]
 
 
 def conversation(table: Table, turns: list[Turn]) -> list[Segment]:

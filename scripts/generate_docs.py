@@ -1,7 +1,7 @@
-"""Write the pages of docs/ that follow from the code: cli.md, configuration.md and formats.md.
+"""Write the pages of docs/ that follow from the code.
 
-    python scripts/generate_docs.py          # write them
-    python scripts/generate_docs.py --check  # exit with 1 where one is not current
+python scripts/generate_docs.py          # write them
+python scripts/generate_docs.py --check  # exit with 1 where one is not current
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import dataclasses
 import inspect
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,28 +23,23 @@ from typer.testing import CliRunner
 from batchrun import config
 from batchrun.cli import app
 from batchrun.errors import ExitCode
-from batchrun.formats import job, plan, report, results, rundir
+from batchrun.formats import job, plan, results, rundir
 from batchrun.planning.order import ORDERS
 from batchrun.prefix.groups import GROUPINGS
 from batchrun.report import records
 from batchrun.request import Endpoint, FinishReason, LineFault, Result, Usage
+from batchrun.schedule.step import Step
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-WRITTEN_BY = "<!-- Written by scripts/docs from the code. Change it there. -->"
-COLUMNS = 80
+NOTE = "<!-- Written by scripts/docs from the code: change it there. -->"
+
+
+def pages() -> dict[str, str]:
+    """Every generated page by its file name."""
+    return {"cli.md": _cli(), "configuration.md": _configuration(), "formats.md": _formats()}
+
 
 # --- cli.md -------------------------------------------------------------------------------------------------------
-
-EXIT_CODES = {
-    ExitCode.OK: "all requests succeeded",
-    ExitCode.INTERNAL: "internal failure",
-    ExitCode.USAGE: "a flag, a configuration key or an input is wrong, or the model is missing or refused",
-    ExitCode.SOME_FAILED: "finished, and some lines failed (bad lines included)",
-    ExitCode.NOTHING_RUNNABLE: "nothing to run: an empty job, every line bad, or a bad line under `--strict`",
-    ExitCode.OUTPUT: "output cannot be written (disk full, permissions); the same command goes on",
-    ExitCode.STOPPED: "stopped early; the same command goes on",
-    ExitCode.RUN_DIR: "the run directory is in use, or belongs to another run",
-}
 
 CLI = """# Command line
 
@@ -54,21 +49,28 @@ file given with `--config` ([configuration.md](configuration.md)).
 SIGINT and SIGTERM end a run between two steps, with exit code 75; a second signal ends it at once.
 """
 
+EXIT_CODES = {
+    ExitCode.OK: "all requests succeeded",
+    ExitCode.INTERNAL: "internal failure",
+    ExitCode.USAGE: "a flag, a setting or an input is wrong, or the model is missing or refused",
+    ExitCode.SOME_FAILED: "finished, and some lines failed, bad lines included",
+    ExitCode.NOTHING_RUNNABLE: "nothing ran: an empty job, every line bad, or a bad line under `--strict`",
+    ExitCode.OUTPUT: "output cannot be written (disk full, permissions); the same command goes on",
+    ExitCode.STOPPED: "stopped early; the same command goes on",
+    ExitCode.RUN_DIR: "the run directory is in use, or it belongs to another run",
+}
 
-def cli_page() -> str:
-    sections = [CLI, _help()]
-    sections += [f"## batchrun {name}\n\n{_help(name)}" for name in _commands()]
-    rows = [(str(int(code)), EXIT_CODES[code]) for code in ExitCode]
-    return _page(*sections, "## Exit codes", _table(("code", "meaning"), rows))
 
-
-def _commands() -> dict[str, Any]:
-    return get_command(app).commands  # type: ignore[attr-defined]
+def _cli() -> str:
+    commands: dict[str, Any] = get_command(app).commands  # type: ignore[attr-defined]
+    helps = [_help(), *(f"## batchrun {name}\n\n{_help(name)}" for name in commands)]
+    codes = _table(("code", "meaning"), [(str(code.value), EXIT_CODES[code]) for code in ExitCode])
+    return _page(CLI, *helps, "## Exit codes", codes)
 
 
 def _help(*command: str) -> str:
-    shown = CliRunner().invoke(app, [*command, "--help"], prog_name="batchrun", terminal_width=COLUMNS)
-    return f"```text\n{shown.output.strip()}\n```"
+    shown = CliRunner().invoke(app, [*command, "--help"], prog_name="batchrun", terminal_width=80)
+    return _code("text", shown.output)
 
 
 # --- configuration.md ---------------------------------------------------------------------------------------------
@@ -76,26 +78,356 @@ def _help(*command: str) -> str:
 CONFIGURATION = """# Configuration
 
 A setting is taken from the first of these that has it: the command line, the file given with `--config`, the defaults
-below (`configs/default.toml`). The file is TOML and needs only the keys that it changes. A key that does not exist is
-refused with the nearest one that does.
+below. The file is TOML and needs only the keys that it changes; a key that does not exist is refused, with the nearest
+one that does.
 
-A job is otherwise configured line by line: see [sampling.md](sampling.md) for what a line that does not say gets.
+What a line of the job says itself wins over all of them ([sampling.md](sampling.md)).
 """
 
-DEFAULTS = "## Defaults\n\n`configs/default.toml`:"
 
-
-def configuration_page() -> str:
-    tables = [_settings(config.RunConfig, "")]
+def _configuration() -> str:
+    sections = ["## Settings", _settings(config.RunConfig)]
     for name, field in config.RunConfig.model_fields.items():
         if _is_section(field.annotation):
-            tables += [f"## [{name}]\n\n{inspect.getdoc(field.annotation)}", _settings(field.annotation, f"{name}.")]
-    policies = [
-        "## Names of orders and groupings",
-        *(f"- {inspect.getdoc(policy)}" for policy in ORDERS.values()),
-        *(f"- {inspect.getdoc(policy)}" for policy in GROUPINGS.values()),
-    ]
-    listed = policies[0] + "\n\n`schedule_order` is one of\n\n" + "\n".join(map(_first_paragraph, policies[1:5]))
-    listed += "\n\nand `scheduler.grouping` one of\n\n" + "\n".join(map(_first_paragraph, policies[5:]))
-    toml = (config.configs_dir() / "default.toml").read_text(encoding="utf-8").strip()
-    return _page(CONFIGURATION, "## Settings", *tables, listed, DEFAULTS, f"```toml\n{toml}\n```")
+            sections += [f"## [{name}]", inspect.getdoc(field.annotation) or "", _settings(field.annotation)]
+    toml = (config.configs_dir() / "default.toml").read_text(encoding="utf-8")
+    return _page(
+        CONFIGURATION,
+        *sections,
+        "## Schedule orders",
+        _policies(ORDERS),
+        "## Groupings",
+        _policies(GROUPINGS),
+        "## Defaults",
+        "`configs/default.toml`:",
+        _code("toml", toml),
+    )
+
+
+def _settings(section: type[BaseModel]) -> str:
+    schema = section.model_json_schema()["properties"]
+    rows = []
+    for name, field in section.model_fields.items():
+        if _is_section(field.annotation):
+            continue
+        values = "size" if config.Size in get_args(field.annotation) else _values(schema[name])
+        default = schema[name].get("default")
+        shown = "" if default is None else f"`{orjson.dumps(default).decode()}`"
+        rows.append((f"`{name}`", values, shown, field.description or ""))
+    return _table(("key", "value", "default", "meaning"), rows)
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _values(schema: dict[str, Any]) -> str:
+    """What a setting may be, from its JSON schema."""
+    chosen = next((part for part in schema.get("anyOf", ()) if part["type"] != "null"), schema)
+    if "enum" in chosen:
+        return ", ".join(f"`{value}`" for value in chosen["enum"])
+    if chosen["type"] == "array":
+        return f"list of {chosen['items']['type']}s"
+    bounds = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    limits = [f"{sign} {_number(chosen[key])}" for key, sign in bounds.items() if key in chosen]
+    return " ".join([chosen.get("format", chosen["type"]), ", ".join(limits)]).strip()
+
+
+def _number(value: float) -> str:
+    return "2⁶⁴" if value == 2**64 else str(value)
+
+
+def _policies(named: dict[str, Any]) -> str:
+    return "\n".join(f"- {_first_paragraph(policy)}" for policy in named.values())
+
+
+# --- formats.md ---------------------------------------------------------------------------------------------------
+
+FORMATS = """# Files
+
+## Job
+
+A job is a JSON Lines file, plain or compressed (`.jsonl`, `.jsonl.gz`, `.jsonl.zst`), in UTF-8. Blank lines are skipped
+and still counted, so that line numbers are those of an editor. A line has OpenAI's batch form
+
+```json
+{"custom_id": "r1", "method": "POST", "url": "/v1/completions", "body": {"prompt": "Hello", "max_tokens": 64}}
+```
+
+or the plain form, with the fields of the body beside an optional `id` (or `custom_id`):
+
+```json
+{"id": "r2", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 64, "temperature": 0.7}
+```
+
+A line without an id is `line-<number>`. `url` is {endpoints}, line by line; in the plain form
+`messages` stands for the first and `prompt` for the second.
+
+- `messages`: roles are {roles} (`developer` is read as `system`); `content` is a text or a list of
+  `{"type": "text"}` parts, which are joined with nothing between them; `name` and `tool_call_id` are passed on. The
+  model's chat template makes the prompt. A message with `tool_calls` is that line's error.
+- `prompt`: a text, a list of texts, a list of token ids, or a list of such lists. A line with several prompts gives one
+  result line with as many choices. Token ids are taken as they are.
+- A field that is `null` is as good as absent.
+- `model` is informative: the model is the one given with `--model`; another name is a warning in the report.
+
+### Fields that say how to answer
+"""
+
+# What the fields mean that are no settings of [sampling].
+MEANINGS = {
+    "model": "Informative; another name than that of `--model` is a warning.",
+    "max_tokens": "Tokens of the answer at most.",
+    "max_completion_tokens": "The same under its newer name; it wins over `max_tokens`.",
+    "seed": "Seed of the answer; choice i uses seed + i.",
+}
+
+NOT_BUILT = """### Fields that are accepted only where they change nothing
+
+They are OpenAI's and vLLM's, and not supported yet. Any other value than these is that line's error,
+`unsupported_field`, and never silently ignored.
+"""
+
+INFORMATIVE = """### Fields that say nothing about the answer
+
+They are accepted and have no effect: {names}.
+
+Any other field is not known: it is ignored, and a warning counts the lines that have it.
+"""
+
+FAULTS = """## Bad lines
+
+Every line is checked before the model is loaded. A bad line becomes one line of `errors.jsonl` and the rest of the job
+runs; with `--strict` nothing runs (exit code 4).
+"""
+
+CODES = {
+    "invalid_json_line": "not a JSON object, not UTF-8, or longer than {limit} MiB",
+    "invalid_request": "a field is missing or has a wrong value, or the chat template refuses the messages",
+    "duplicate_custom_id": "an earlier line has this `custom_id`; the earlier one runs",
+    "unsupported_url": "another endpoint",
+    "unsupported_field": "a field that is known and not supported yet",
+    "context_length_exceeded": "the prompt leaves no room for an answer in the model's context or in the KV memory",
+    "empty_prompt": "the prompt has no tokens",
+}
+
+RUN_DIRECTORY = """## Run directory
+
+`batchrun run jobs.jsonl` writes `jobs.run/`, or the directory given with `-o`:
+
+| file | holds |
+| --- | --- |
+| `results.jsonl` | one line for each line of the job that succeeded |
+| `errors.jsonl` | one line for each line of the job that failed |
+| `run.json` | status, counts and fingerprint |
+| `plan.json` | what was planned |
+| `steps.jsonl` | one line for each step, unless `output.steps_log` is false |
+| `report.json`, `report.html` | what happened, for programs and for people |
+| `run.log` | the log |
+| `job.jsonl` | the job itself, where it came from standard input |
+| `lock` | held while a process writes here; the lock of a dead process is no lock |
+
+Every JSON document of ours begins with `schema_version` ({version}). Documents are written beside their place and then
+renamed, so a reader sees the old one or the new one.
+
+**The same command again** goes on where the last one stopped, or says that the run is finished. What is finished is
+read from the result and error lines themselves; a torn last line is cut off. Lines that failed are not run again. If
+the job, the model, its template, the dtype or a default of sampling has changed, the directory is refused (exit code
+76) with the difference named; `--fresh` moves the old run to `<directory>.1` (`.2`, ...) and starts anew.
+"""
+
+RESULTS = """## results.jsonl
+
+Lines in OpenAI's batch output form, in the order in which requests finish (`--results-order input` sorts them at the
+end). `finish_reason` is `stop` or `length`; `cached_tokens` are the prompt tokens whose KV a shared prefix computed.
+Our own fields are under `batchrun`: the `line` of the job, its prefix-sharing `group` or null, the `seed` used for the
+first choice; `attempts` is 1 and `dedup_of` null today. One line, spread out:
+"""
+
+ERRORS = """## errors.jsonl
+
+The same form, with status code 400 and OpenAI's error object as the body:
+"""
+
+
+STEPS = """One line for each forward pass, in columns. All but `seconds` follows from the plan and from which
+answers ended when. After a resume `index` counts from 0 again.
+
+- `chunks`: some tokens of one sequence each, in the order of the step's rows; their columns are below.
+- `prefix_reads`: rows `[first_row, first_row + rows)` attend to the first `length` tokens of `sequence`, a shared
+  prefix; `position` is where those begin in the prompt, and `level` how many shared prefixes lie above it.
+- `releases`: sequences whose pages return to the pool, before anything else of the step.
+- `grants`: which `page` is then given to which `sequence`.
+"""
+
+
+def _formats() -> str:
+    intro = FORMATS.replace("{endpoints}", " or ".join(f"`{endpoint}`" for endpoint in Endpoint))
+    intro = intro.replace("{roles}", ", ".join(f"`{role}`" for role in job._PLAIN_ROLES))
+    informative = INFORMATIVE.format(names=_names(sorted(job._INFORMATIVE)))
+    codes = [(f"`{code}`", text.format(limit=job.MAX_LINE_BYTES >> 20)) for code, text in CODES.items()]
+    return _page(
+        intro,
+        _answer_fields(),
+        NOT_BUILT,
+        _neutral_fields(),
+        informative,
+        FAULTS,
+        _table(("code", "the line"), codes),
+        RUN_DIRECTORY.format(version=rundir.SCHEMA_VERSION),
+        *_examples(),
+        *_document("run.json", rundir.RunFile, records.RequestCounts),
+        *_document("plan.json", plan.PlanFile, records.TokenCounts, records.KvUse, records.GroupSummary),
+        *_document("report.json", records.Report, records.Seconds, records.Throughput, records.Warned),
+        "## steps.jsonl",
+        STEPS,
+        _columns(Step, ("sequence", "request", "start", "length", "samples")),
+    )
+
+
+def _answer_fields() -> str:
+    meanings = {name: field.description for name, field in config.SamplingConfig.model_fields.items()} | MEANINGS
+    rows = [(f"`{name}`", _wanted(name), meanings[name] or "") for name in job._CHECKS]
+    return _table(("field", "value", "meaning"), rows)
+
+
+def _wanted(name: str) -> str:
+    """What a field must be, in the words of its own error message."""
+    try:
+        job._CHECKS[name](name, object())
+    except job._Fault as fault:
+        found = re.search(r"must be (.*), and is", str(fault))
+        assert found is not None
+        return (
+            found[1]
+            .replace(str(-(2**63)), "-2⁶³")
+            .replace(str(2**63 - 1), "2⁶³ - 1")
+            .replace(str(2**31 - 1), "2³¹ - 1")
+        )
+    raise AssertionError(f"{name} accepts anything")
+
+
+def _neutral_fields() -> str:
+    by_value: dict[str, list[str]] = {}
+    for name, neutral in job._NOT_BUILT.items():
+        by_value.setdefault(", ".join(f"`{orjson.dumps(value).decode()}`" for value in neutral), []).append(name)
+    return _table(("value", "fields"), [(values, _names(names)) for values, names in by_value.items()])
+
+
+def _examples() -> tuple[str, str, str, str]:
+    answer = Result(0, "Hello!", np.zeros(3, dtype=np.int32), FinishReason.STOP, Usage(24, 16, 3))
+    result = results.result_line(
+        [answer], custom_id="r1", line=1, endpoint=Endpoint.CHAT, model="demo", created=0, seed=7, group=2
+    )
+    fault = LineFault(3, "r3", "invalid_request", "temperature must be a number from 0 to 2, and is 9", "temperature")
+    return RESULTS, _json(result), ERRORS, _json(results.error_line(fault))
+
+
+def _document(name: str, kind: type, *inner: type) -> list[str]:
+    """The sections of a JSON document: its dataclass, and those of its fields."""
+    sections = [f"## {name}"]
+    for each in (kind, *inner):
+        title = [] if each is kind else [f"### {each.__name__}"]
+        sections += [*title, _paragraphs(inspect.getdoc(each)), _fields(each)]
+    return sections
+
+
+def _fields(kind: type) -> str:
+    """A table of the fields of a dataclass, with the words of its `Attributes` or of the comments beside them."""
+    words = _attributes(kind) | dict(re.findall(r"^    (\w+): [^#\n]+  # (.+)$", inspect.getsource(kind), re.MULTILINE))
+    rows: dict[str, tuple[list[str], list[str]]] = {}
+    for field in dataclasses.fields(kind):
+        # Fields of one entry are one row.
+        names, types = rows.setdefault(words.get(field.name, field.name), ([], []))
+        names.append(field.name)
+        types.append(_json_type(str(field.type)))
+    if not words:
+        return _table(("field", "value"), [(_names(names), types[0]) for names, types in rows.values()])
+    return _table(
+        ("field", "value", "meaning"),
+        [
+            (_names(names), ", ".join(dict.fromkeys(types)), text.replace("None", "null") if text != names[0] else "")
+            for text, (names, types) in rows.items()
+        ],
+    )
+
+
+def _json_type(annotation: str) -> str:
+    """A field's type, in the words of JSON."""
+    name = annotation.removesuffix(" | None")
+    if name.startswith("tuple["):
+        shown = f"list of {name[6:-6]}"
+    elif name.startswith("dict["):
+        shown = "object"
+    else:
+        words = {"str": "string", "int": "integer", "float": "number", "RunStatus": "string"}
+        shown = words.get(name, name)
+    return shown if name == annotation else f"{shown} or null"
+
+
+def _attributes(kind: type) -> dict[str, str]:
+    """The entries of a docstring's `Attributes` section by name."""
+    section = re.search(r"^Attributes:\n((?:    .*\n?)+)", inspect.getdoc(kind) or "", re.MULTILINE)
+    found = {}
+    for entry in re.split(r"\n(?=    \w)", section[1].rstrip() if section else ""):
+        names, _, text = entry.strip().partition(": ")
+        found |= dict.fromkeys(names.split(", "), " ".join(text.split())) if text else {}
+    return found
+
+
+def _columns(kind: type, names: Iterable[str]) -> str:
+    words = _attributes(kind)
+    return _table(("column", "holds"), [(f"`{name}`", words[name].partition(", ")[2]) for name in names])
+
+
+# --- Markdown -----------------------------------------------------------------------------------------------------
+
+
+def _page(*sections: str) -> str:
+    return "\n\n".join([NOTE, *(section.strip() for section in sections)]) + "\n"
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |"
+        for row in (head, ("---",) * len(head), *rows)
+    )
+
+
+def _code(language: str, text: str) -> str:
+    return f"```{language}\n{text.strip()}\n```"
+
+
+def _json(line: bytes) -> str:
+    return _code("json", orjson.dumps(orjson.loads(line), option=orjson.OPT_INDENT_2).decode())
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def _first_paragraph(thing: Any) -> str:
+    return " ".join((inspect.getdoc(thing) or "").split("\n\n", 1)[0].split())
+
+
+def _paragraphs(doc: str | None) -> str:
+    """The prose of a docstring: what stands before its sections."""
+    return re.split(r"\n\n(?:Attributes|Args|Raises|Returns):", doc or "", maxsplit=1)[0]
+
+
+def main() -> None:
+    check = "--check" in sys.argv[1:]
+    old = []
+    for name, text in pages().items():
+        path = DOCS / name
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            old.append(name)
+            if not check:
+                path.write_text(text, encoding="utf-8")
+    if old:
+        print(f"not current, run scripts/docs: {', '.join(old)}" if check else f"written: {', '.join(old)}")
+    sys.exit(check and bool(old))
+
+
+if __name__ == "__main__":
+    main()

@@ -15,13 +15,11 @@ therefore starts where the signal is densest and moves towards the job in steps 
             teaches "find the same word, give what followed it".
 2. recite   A small table, then its lines in another order. Some sequences leave words out of the lines, down
             to items, numbers and shelves side by side, which stage 1 solves; the full lines then ask for the
-            same lookup over a longer distance. (With full lines only, 600 steps did not get there.) In every
-            other sequence the table is followed by answers instead, so that a shelf has to be found by its
-            item alone: next to the number of the same line, the number is a shortcut that stage 3 does not
-            offer.
+            same lookup over a longer distance. (With full lines only, 600 steps did not get there.)
+            In every other sequence the second numbers differ from the first, so that a shelf has to be found
+            by its item: the number of the line would be a shortcut, and stage 3 does not offer it.
 3. turns    A small table in the chat format, followed by many questions and answers. An answer names its item
-            and then leads up to the value as the line does, which stage 2 solves. (With "There are 47 boxes
-            of apples." or "The apples fill 47 boxes.", numbers were still guessed after 150 steps and more.)
+            and then leads up to the value as the line does, which stage 2 solves.
 4. job      Tables as long as the job's, with one or many questions.
 
 A stage ends when it is learnt (see `Stage.enough`) or has used its steps. So that a new stage does not wash
@@ -58,7 +56,6 @@ from demo_data import (
     job_tables,
     recited_table,
     repeated_run,
-    stated_answers,
     write_job,
 )
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -111,10 +108,7 @@ def draw_repeat(rng: random.Random) -> list[Segment]:
 
 
 def draw_recite(rng: random.Random) -> list[Segment]:
-    n_rows = rng.randint(4, 8)
-    if rng.random() < 0.5:
-        return stated_answers(rng, n_rows)
-    return recited_table(rng, n_rows, keep=rng.choice((0.0, 0.3, 0.6, 0.9, 1.0)))
+    return recited_table(rng, rng.randint(4, 8), keep=rng.choice((0.0, 0.3, 0.6, 0.9, 1.0)))
 
 
 def draw_turns(rng: random.Random) -> list[Segment]:
@@ -205,10 +199,18 @@ class Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.backend = tokenizer.backend_tokenizer
         self.pad_id = tokenizer.pad_token_id
-        self.values_only = np.zeros(len(tokenizer), dtype=np.float32)
-        self.values_only[self.word_ids(NUMBERS + SHELVES)] = VALUE_WEIGHT
-        self.everything = np.maximum(self.values_only, WORDING_WEIGHT)
-        self.everything[self.word_ids(ITEMS)] = ITEM_WEIGHT
+        values_only = np.zeros(len(tokenizer), dtype=np.float32)
+        values_only[self.word_ids(NUMBERS + SHELVES)] = VALUE_WEIGHT
+        shelves_only = np.zeros_like(values_only)
+        shelves_only[self.word_ids(SHELVES)] = VALUE_WEIGHT
+        everything = np.maximum(values_only, WORDING_WEIGHT)
+        everything[self.word_ids(ITEMS)] = ITEM_WEIGHT
+        self.weights = {
+            Supervise.NOTHING: np.zeros_like(values_only),
+            Supervise.SHELVES: shelves_only,
+            Supervise.VALUES: values_only,
+            Supervise.ALL: everything,
+        }
 
     def word_ids(self, words: list[str]) -> list[int]:
         return [self.backend.encode(f" {word}").ids[0] for word in words]
@@ -218,11 +220,7 @@ class Encoder:
         for segment in segments:
             part = np.array(self.backend.encode(segment.text, add_special_tokens=False).ids)
             ids.append(part)
-            if segment.supervise is Supervise.NOTHING:
-                weights.append(np.zeros(len(part), dtype=np.float32))
-            else:
-                by_id = self.everything if segment.supervise is Supervise.ALL else self.values_only
-                weights.append(by_id[part])
+            weights.append(self.weights[segment.supervise][part])
         return np.concatenate(ids), np.concatenate(weights)
 
     def batch(self, sequences: list[list[Segment]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,7 +11,7 @@ from batchrun.report.records import GroupSummary, KvUse, TokenCounts
 
 @dataclass(frozen=True, slots=True)
 class PlanFile:
-    """`plan.json`.
+    """`plan.json`: what a run would do.
 
     Attributes:
         requests: requests that are to run.

@@ -8,8 +8,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from oracles import make_requests
 
+from batchrun.engine import sampler as sampler_module
 from batchrun.engine.sampler import Sampler, uniform
 from batchrun.request import Requests, SamplingParams
 
@@ -33,10 +36,10 @@ def rows(count: int) -> npt.NDArray[np.int32]:
     return np.arange(count, dtype=np.int32)
 
 
-def exact(setting: SamplingParams) -> npt.NDArray[np.float64]:
-    """The distribution by its definition: temperature, min_p, top_k, top_p, in plain Python."""
-    weight = torch.softmax(LOGITS.double() / setting.temperature, dim=0).tolist()
-    kept = [token for token in range(VOCABULARY) if weight[token] >= setting.min_p * max(weight)]
+def exact(setting: SamplingParams, logits: torch.Tensor = LOGITS) -> npt.NDArray[np.float64]:
+    """The distribution by its definition: temperature, min_p, top_k, top_p, in plain Python; no two logits alike."""
+    weight = torch.softmax(logits.double() / setting.temperature, dim=0).tolist()
+    kept = [token for token in range(len(weight)) if weight[token] >= setting.min_p * max(weight)]
     kept.sort(key=lambda token: -weight[token])
     if setting.top_k:
         kept = kept[: setting.top_k]
@@ -45,7 +48,7 @@ def exact(setting: SamplingParams) -> npt.NDArray[np.float64]:
         if sum(weight[other] for other in nucleus) / total >= setting.top_p:
             break
         nucleus.append(token)
-    result = np.zeros(VOCABULARY)
+    result = np.zeros(len(weight))
     for token in nucleus:
         result[token] = weight[token]
     return result / result.sum()
@@ -79,6 +82,65 @@ def test_draws_follow_the_exact_distribution(setting: SamplingParams) -> None:
     freedom = int(some.sum()) - 1
     # Five standard deviations above the mean of the chi-square distribution; the seeds are fixed.
     assert chi_square <= freedom + 5 * (2 * freedom) ** 0.5
+
+
+@given(
+    setting=st.builds(
+        SamplingParams,
+        temperature=st.floats(0.05, 2),
+        top_k=st.integers(0, 8),
+        top_p=st.floats(0.01, 1),
+        min_p=st.floats(0, 0.6),
+    ),
+    logits=st.lists(st.integers(-4000, 4000), unique=True, min_size=2, max_size=9),
+)
+@settings(max_examples=300, deadline=None)
+def test_a_draw_is_where_the_random_number_falls(setting: SamplingParams, logits: list[int]) -> None:
+    """Whatever the settings and the logits: each random number gives the token at its place of the distribution."""
+    row = torch.tensor(logits) / 1000
+    counts = rows(64)
+    found, _ = Sampler(requests_of([setting] * 64, seeds=[3] * 64), frozenset()).sample(
+        row.repeat(64, 1), counts, counts
+    )
+    cumulative = exact(setting, row).cumsum()
+    points = uniform(np.full(64, 3, dtype=np.uint64), counts)
+    # What is cut off may hang on a rounding error; then the whole distribution is another.
+    probability = torch.softmax(row.double() / setting.temperature, dim=0).numpy()
+    ordered = np.sort(probability[probability >= setting.min_p * probability.max()])[::-1]
+    ordered = ordered[: setting.top_k or None]
+    assume(np.abs(ordered.cumsum() / ordered.sum() - setting.top_p).min() > 1e-5 or setting.top_p == 1)
+    assume(np.abs(probability - setting.min_p * probability.max()).min() > 1e-6)
+    clear = np.abs(cumulative[:, None] - points).min(axis=0) > 1e-5
+    expected = (cumulative[:, None] <= points).sum(axis=0)
+    assert found[clear].tolist() == expected[clear].tolist()
+
+
+def test_tokens_that_tie_with_the_last_one_kept_are_kept() -> None:
+    """Which of them were kept would be chance; as in vLLM's top_k, all are."""
+    logits = torch.tensor([1.0, 3.0, 2.0, 3.0, 2.0])
+    for setting, kept in (
+        (SamplingParams(top_k=1), {1, 3}),
+        (SamplingParams(top_k=3), {1, 2, 3, 4}),
+        (SamplingParams(top_p=0.2), {1, 3}),
+    ):
+        found, _ = Sampler(requests_of([setting] * 200), EOS).sample(logits.repeat(200, 1), rows(200), rows(200))
+        assert set(found.tolist()) == kept
+
+
+def test_no_generator_of_the_process_is_used_and_greedy_uses_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
+    Sampler(requests_of([SamplingParams()] * 3), EOS).sample(LOGITS.repeat(3, 1), rows(3), rows(3))
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert (np.random.get_state()[1] == numpy_state).all()
+
+    def none(*_: object) -> None:
+        raise AssertionError("a random number was asked for")
+
+    monkeypatch.setattr(sampler_module, "uniform", none)
+    greedy = requests_of([SamplingParams(temperature=0.0)] * 3)
+    Sampler(greedy, EOS).sample(LOGITS.repeat(3, 1), rows(3), rows(3))
+    with pytest.raises(AssertionError, match="asked for"):
+        Sampler(requests_of([SamplingParams()] * 3), EOS).sample(LOGITS.repeat(3, 1), rows(3), rows(3))
 
 
 def test_greedy_is_the_largest_logit() -> None:
@@ -133,6 +195,28 @@ def test_seed_and_count_decide_and_differ() -> None:
     assert len(set(by_seed)) == len(set(by_count)) == VOCABULARY
 
 
+def splitmix64(state: int, count: int) -> list[int]:
+    """The first outputs of the generator from a state, in Python's integers."""
+    outputs = []
+    for _ in range(count):
+        state = (state + 0x9E3779B97F4A7C15) % 2**64
+        z = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+        outputs.append(z ^ z >> 31)
+    return outputs
+
+
+def test_uniform_is_splitmix64_from_the_mixed_seed() -> None:
+    # The outputs that are published for this state.
+    assert splitmix64(1234567, 3) == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    for seed in (0, 1, 1234567, 2**63, 2**64 - 1):
+        (mixed,) = splitmix64(seed, 1)
+        expected = [output / 2**64 for output in splitmix64(mixed, 50)]
+        found = uniform(np.full(50, seed, dtype=np.uint64), rows(50))
+        assert np.abs(found - expected).max() <= 2.0**-53
+        assert (found * 2**53 == np.floor(found * 2**53)).all()
+
+
 def test_uniform_is_uniform_over_seeds_and_counts() -> None:
     seeds = np.repeat(np.arange(200, dtype=np.uint64), 200)
     seeds[: seeds.size // 2] += np.uint64(2**64 - 100)
@@ -152,6 +236,7 @@ def test_uniform_is_uniform_over_seeds_and_counts() -> None:
         (SamplingParams(temperature=0.0, stop_token_ids=(7,)), {2, 5, 7}),
         (SamplingParams(temperature=0.0, ignore_eos=True), set()),
         (SamplingParams(temperature=0.0, ignore_eos=True, stop_token_ids=(5, 9)), {5, 9}),
+        (SamplingParams(temperature=0.0, stop_token_ids=(VOCABULARY, 10**9)), {2, 5}),
     ],
 )
 def test_which_tokens_end_an_answer(setting: SamplingParams, ends: set[int]) -> None:
@@ -163,15 +248,26 @@ def test_which_tokens_end_an_answer(setting: SamplingParams, ends: set[int]) -> 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_no_end_before_min_tokens(temperature: float) -> None:
-    held = SamplingParams(temperature=temperature, min_tokens=3, stop_token_ids=(7, VOCABULARY + 4))
+    # The last two are no tokens; they must not be taken for places from the end of the vocabulary, or beyond it.
+    held = SamplingParams(temperature=temperature, min_tokens=3, stop_token_ids=(7, VOCABULARY + 4, -1))
     free = SamplingParams(temperature=temperature)
     sampler = Sampler(requests_of([held] * 5 + [free]), EOS)
     logits = torch.zeros(6, VOCABULARY)
     logits[:, [2, 5, 7]] = 50.0
+    logits[:, -1] = 25.0
     found, ended = sampler.sample(logits, rows(6), np.array([0, 1, 2, 3, 4, 0], dtype=np.int32))
-    assert not ended[:3].any() and not set(found[:3].tolist()) & {2, 5, 7}
+    assert found[:3].tolist() == [VOCABULARY - 1] * 3
+    assert not ended[:3].any()
     assert ended[3:5].all()
     assert found[5] in (2, 5, 7)
+
+
+def test_min_tokens_do_not_hold_back_what_does_not_end_the_answer() -> None:
+    held = SamplingParams(temperature=0.0, min_tokens=3, ignore_eos=True, stop_token_ids=(7,))
+    logits = torch.zeros(1, VOCABULARY)
+    logits[:, [2, 7]] = torch.tensor([40.0, 50.0])
+    found, ended = Sampler(requests_of([held]), EOS).sample(logits, rows(1), rows(1))
+    assert (found.tolist(), ended.tolist()) == ([2], [False])
 
 
 def test_a_step_without_sampled_rows() -> None:
