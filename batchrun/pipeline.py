@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from batchrun.config import RunConfig, load_config
-from batchrun.errors import ExitCode, NothingRunnable, OutputError, UsageError
+from batchrun.errors import BatchrunError, ExitCode, NothingRunnable, OutputError, UsageError
 from batchrun.execution.collect import LineCollector
 from batchrun.execution.loop import run_loop
 from batchrun.execution.stops import TextStops
@@ -276,9 +276,17 @@ class _Run:
         try:
             with sink:
                 report, stopped = self._fill(sink, recovered)
-        except OutputError:
+        except BaseException as error:
+            log.exception("the run broke off")
+            code = error.exit_code if isinstance(error, BatchrunError) else ExitCode.INTERNAL
             # The disk may be full for this file too: what the lines say is the truth, with or without it.
-            log.exception("results cannot be written")
+            with suppress(OutputError):
+                self.run_dir.update(
+                    RunStatus.STOPPED,
+                    RequestCounts(self.total, sink.completed, sink.failed, self.total - sink.completed - sink.failed),
+                    errors=self.error_codes,
+                    exit_code=code,
+                )
             raise
         counts = report.request_counts
         if stopped:
@@ -325,7 +333,9 @@ class _Run:
         scheduler = Scheduler(prepared.plan, prepared.requests)
         steps, padded, stopped = StepLog(), 0, False
         if len(prepared.requests):
+            began = time.perf_counter()
             simulated = simulate(prepared)
+            self.seconds["plan"] += time.perf_counter() - began
             write_plan(self.run_dir.path / PLAN, plan_file(prepared, simulated, self.subject, self.fingerprint))
             self.observer.expected_rows(int(simulated.log.columns["rows"].sum()))
             steps, padded, stopped = self._run_model(prepared, scheduler, sink)

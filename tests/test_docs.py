@@ -79,7 +79,7 @@ def test_the_quickstart_does_what_it_shows(tmp_path):
         status_is_shown = i + 1 < len(told) and told[i + 1][0] == "echo $?"
         assert status_is_shown or status == "0", f"{command}\n{printed}"
 
-    for code in blocks(page, "python"):
+    for code in blocks(page, "python") + blocks(ROOT / "README.md", "python"):
         (tmp_path / "example.py").write_text(code, encoding="utf-8")
         printed = shell("python example.py; echo status $?", tmp_path)
         assert printed.endswith("status 0\n"), printed

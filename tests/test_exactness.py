@@ -17,6 +17,7 @@ from factories import ARCHITECTURES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import batchrun
+from batchrun.engine.sampler import uniform
 from batchrun.models import read_model_spec
 from batchrun.planning.order import ORDERS
 from batchrun.report.records import Report
@@ -272,6 +273,40 @@ def sampled(seeds: bool = True) -> list[dict[str, Any]]:
         completion(prompt, **SAMPLING[i % len(SAMPLING)], **({"seed": 1000 + i} if seeds else {}))
         for i, prompt in enumerate(MIXED)
     ]
+
+
+def drawn(model: Path, body: dict[str, Any]) -> Answer:
+    """The answer by the definition: a row of transformers' logits for each token, and of the tokens in order of their
+    ids the one at which the probability of all up to it exceeds the request's next random number."""
+    module, tokenizer = reference(model)
+    ends = module.generation_config.eos_token_id
+    answer: list[int] = []
+    while len(answer) < NEW_TOKENS and not (answer and answer[-1] in ends):
+        with torch.no_grad():
+            logits = module(torch.tensor([body["prompt"] + answer])).logits[0, -1].double()
+        if body["temperature"] == 0:
+            answer.append(int(logits.argmax()))
+            continue
+        weight = torch.softmax(logits / body["temperature"], dim=0).numpy()
+        weight[weight < body.get("min_p", 0) * weight.max()] = 0
+        likeliest = np.argsort(-weight)
+        weight[likeliest[body.get("top_k", weight.size) :]] = 0
+        before = weight[likeliest].cumsum() - weight[likeliest]
+        weight[likeliest[before >= body.get("top_p", 1) * weight.sum()]] = 0
+        number = uniform(np.array([body["seed"]], dtype=np.uint64), np.array([len(answer)], dtype=np.int32))[0]
+        answer.append(int(np.searchsorted(weight.cumsum(), number * weight.sum(), side="right")))
+    ended = answer[-1] in ends
+    text = tokenizer.decode(answer[:-1] if ended else answer, skip_special_tokens=True)
+    return Answer(text, len(answer), "stop" if ended else "length")
+
+
+@pytest.mark.parametrize("step_tokens", [None, 19])
+def test_seeded_answers_are_drawn_from_transformers_logits(
+    model_dir: ModelFactory, run: Runner, step_tokens: int | None
+) -> None:
+    model = model_dir("llama", generation_config=ENDS)
+    answers, _ = run(model, sampled(), scheduler={"step_tokens": step_tokens})
+    assert answers == [drawn(model, body) for body in sampled()]
 
 
 @pytest.mark.parametrize("seeds", [True, False])

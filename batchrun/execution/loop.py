@@ -45,7 +45,7 @@ def run_loop(
 
     Args:
         on_finished: called for each answer, as soon as it is there.
-        on_step: called after each step.
+        on_step: called after each step and its answers.
         watch: given the requests, the token ids and the ends that the model made of the rows sampled, `[S]` each;
             says which answers a stop string ends.
     """
@@ -77,6 +77,6 @@ def run_loop(
                 seconds=perf_counter() - began,
             )
         )
-        on_step(step, output)
         for answer in finished:
             on_finished(answer)
+        on_step(step, output)
