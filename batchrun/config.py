@@ -91,7 +91,7 @@ class SamplingConfig(_Section):
     stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_one_or_many)] | None = Field(
         default=None, description="Strings that end an answer; they are not part of its text."
     )
-    stop_token_ids: Annotated[tuple[int, ...], BeforeValidator(_one_or_many)] | None = Field(
+    stop_token_ids: Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_one_or_many)] | None = Field(
         default=None, description="Token ids that end an answer; they are not part of its text."
     )
     ignore_eos: bool | None = Field(default=None, description="Go on past end-of-text tokens, up to the token limit.")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+_HEAD_DIM = {"qwen3": 128}  # of transformers' configuration classes, where it is not hidden_size / heads
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -53,7 +54,7 @@ class ModelSpec:
             num_layers=int(config["num_hidden_layers"]),
             num_heads=heads,
             num_kv_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or hidden // heads),
+            head_dim=int(config.get("head_dim") or _HEAD_DIM.get(config["model_type"]) or hidden // heads),
             max_context=int(config["max_position_embeddings"]),
             sliding_window=int(window) if window is not None else None,
             checkpoint_dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),

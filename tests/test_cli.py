@@ -398,7 +398,7 @@ def test_a_run_directory_that_cannot_be_made(out, job, command, sound_job, here)
     assert (here / "file").read_text() == "mine"
 
 
-LONG = [{"id": f"r{i}", "prompt": f"apple {i}", "max_tokens": 8 + 2 * i, "ignore_eos": True} for i in range(24)]
+LONG = [{"id": f"r{i}", "prompt": f"apple {i}", "max_tokens": 8 + 2 * i, "ignore_eos": True} for i in range(18)]
 
 
 @pytest.fixture(scope="module")
@@ -442,7 +442,7 @@ def test_a_disk_that_fills_up_ends_the_run_and_room_on_it_goes_on(command, here,
 def test_a_signal_stops_between_two_steps_and_the_same_command_goes_on(number, command, here, model_dir, undisturbed):
     write_job(here / "jobs.jsonl", LONG)
     # Memory for one or two requests at a time makes many steps, so that the signal meets the run.
-    (here / "slow.toml").write_text("kv_memory = '36KiB'\n[output]\nflush_results = 1\n")
+    (here / "slow.toml").write_text("kv_memory = '30KiB'\n[output]\nflush_results = 1\n")
     args = ["run", "jobs.jsonl", "--config", "slow.toml"]
     process = batchrun_process(here, *args, "--model", str(model_dir()))
     results = here / "jobs.run" / "results.jsonl"

@@ -80,23 +80,19 @@ def batchrun_attention(
         out[read.partial, :, here] = part
         lse[read.partial, :, here] = part_lse
 
-    for chunk in work.causal:
-        here = slice(chunk.first, chunk.first + chunk.chunks * chunk.rows)
-        shape = (chunk.chunks, chunk.rows)
-        # [B, G, Hkv, n, D] with B and G as the batch: is_causal wants the rows of one head in order.
-        chunk_q = q[:, here].view(kv_heads, *shape, group, dim).permute(1, 3, 0, 2, 4)
-        chunk_k, chunk_v = (
-            new[0, :, here]
-            .view(kv_heads, *shape, dim)
-            .transpose(0, 1)[:, None]
-            .expand(chunk.chunks, group, kv_heads, chunk.rows, dim)
-            .flatten(0, 1)
-            for new in (key, value)
+    for causal in work.causal:
+        here = slice(causal.first, causal.first + causal.chunks * causal.rows)
+        shape = (causal.chunks, causal.rows)
+        # is_causal wants the rows of one head in order: all Hq heads, [B, Hq, n, D].
+        part, part_lse = _flash(
+            *(new[0, :, here].unflatten(1, shape).transpose(0, 1) for new in (query, key, value)),
+            is_causal=True,
+            scale=scaling,
         )
-        part, part_lse = _flash(chunk_q.flatten(0, 1), chunk_k, chunk_v, is_causal=True, scale=scaling)
-        whole = (chunk.chunks, group, kv_heads, chunk.rows)
-        out[chunk.partial, :, here] = part.view(*whole, dim).permute(2, 0, 3, 1, 4).flatten(1, 2)
-        lse[chunk.partial, :, here] = part_lse.view(whole).permute(2, 0, 3, 1).flatten(1, 2)
+        by_row = out[causal.partial, :, here].unflatten(1, shape)  # [Hkv, B, n, G, D]
+        by_row.copy_(part.unflatten(1, (kv_heads, group)).permute(1, 0, 3, 2, 4))
+        by_row = lse[causal.partial, :, here].unflatten(1, shape)
+        by_row.copy_(part_lse.unflatten(1, (kv_heads, group)).permute(1, 0, 3, 2))
 
     for short in work.ragged:
         count, width = short.sequences, short.rows
@@ -115,12 +111,15 @@ def batchrun_attention(
         out[short.partial].index_copy_(1, index, part)
         lse[short.partial].index_copy_(1, index, part_lse)
 
-    merged = out[0] if work.partials == 1 else _merge(out, lse)
+    merged = out[0] if work.partials == 1 else _merge(out, lse).to(query.dtype)
     return merged.permute(1, 0, 2, 3).reshape(1, rows, heads, dim), None
 
 
 def _merge(out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
-    """Merge partial results `[P, ..., D]` by their log-sum-exp `[P, ...]`. Every row has at least one that is not
-    empty: its own token."""
-    weights = torch.softmax(lse, dim=0)
-    return torch.einsum("p...,p...d->...d", weights.to(out.dtype), out)
+    """Merge partial results `[P, ..., D]` by their log-sum-exp `[P, ...]`, in float32. Every row has at least one that
+    is not empty: its own token."""
+    weights = torch.softmax(lse, dim=0)[..., None]
+    merged = out[0] * weights[0]
+    for part, weight in zip(out[1:], weights[1:], strict=True):
+        merged.addcmul_(part, weight)
+    return merged

@@ -3,7 +3,7 @@
     T   rows of the step               Hq, Hkv  query heads, KV heads
     S   rows that sample               G        query heads per KV head
     C   chunks                         D        head_dim
-    n   rows of a read or a chunk      M        KV tokens that a read covers
+    n   rows of a read or a piece      M        KV tokens that a read covers
     P   partial results per row        B        sequences handled in one call
 
 A row's attention is the sum of partial results over disjoint KV: one for each shared prefix it reads, and one or two
@@ -22,6 +22,7 @@ import torch
 from batchrun.engine.kv_cache import PageTables
 from batchrun.schedule.step import Step
 
+_PIECE_ROWS = 128  # longer chunks are cut into pieces: a piece is spared the keys after it
 _SHORT_ROWS = 16  # chunks up to this many rows are put together in one masked call
 _SHORT_KV = 512  # and up to this many own KV tokens: beyond, copying KV costs more than a call
 _KV_BUCKET = 64  # own lengths are rounded up to a multiple of this to find chunks of similar length
@@ -67,7 +68,7 @@ class Dense:
 
 @dataclass(frozen=True, slots=True)
 class Causal:
-    """B neighbouring chunks of n rows each, from row `first` on: each row sees its chunk's rows up to itself."""
+    """B neighbouring chunks (or pieces) of n rows each, from row `first` on: each row sees its own up to itself."""
 
     partial: int
     first: int
@@ -77,7 +78,7 @@ class Causal:
 
 @dataclass(frozen=True, slots=True)
 class Ragged:
-    """Short chunks of B sequences, padded to n rows and M tokens of own KV; a mask says what each row sees.
+    """Short pieces of B sequences, padded to n rows and M tokens of own KV; a mask says what each row sees.
 
     Attributes:
         row_index: int64 `[B * n]`, rows of the step; padding repeats a row.
@@ -109,6 +110,36 @@ class AttentionWork:
     ragged: tuple[Ragged, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """The chunks of a step, long ones cut into neighbouring pieces, in columns; a piece is attended to as a chunk is.
+
+    Attributes:
+        sequence: slot of the sequence.
+        first: first row of the step.
+        start, length: own tokens `[start, start + length)` of the sequence.
+    """
+
+    sequence: npt.NDArray[np.int64]
+    first: npt.NDArray[np.int64]
+    start: npt.NDArray[np.int64]
+    length: npt.NDArray[np.int64]
+
+    @classmethod
+    def cut(cls, step: Step, rows: int) -> Pieces:
+        """Cut the chunks of a step into pieces of `rows` rows at most."""
+        count = -(-step.length.astype(np.int64) // rows)
+        chunk = np.repeat(np.arange(count.size), count)
+        offset = (np.arange(chunk.size) - np.repeat(np.cumsum(count) - count, count)) * rows
+        first = np.cumsum(step.length) - step.length
+        return cls(
+            sequence=step.sequence[chunk].astype(np.int64),
+            first=first[chunk] + offset,
+            start=step.start[chunk] + offset,
+            length=np.minimum(rows, step.length[chunk] - offset),
+        )
+
+
 class Batch:
     """A step as tensors.
 
@@ -125,13 +156,14 @@ class Batch:
         self._group_size = group_size
         self._dtype = dtype
         self.num_rows = step.num_rows
-        self._first = np.cumsum(step.length) - step.length  # [C]
-        own = np.arange(step.num_rows) - np.repeat(self._first - step.start, step.length)  # [T]
+        self._pieces = Pieces.cut(step, _PIECE_ROWS)
+        first = np.cumsum(step.length) - step.length  # [C]
+        own = np.arange(step.num_rows) - np.repeat(first - step.start, step.length)  # [T]
         self._positions = own + np.repeat(step.depth, step.length)
         self.input_ids = torch.from_numpy(step.token_ids.astype(np.int64))[None]
         self.positions = torch.from_numpy(self._positions)[None]
         self.store_index = torch.from_numpy(tables.index(np.repeat(step.sequence, step.length), own))
-        self.sample_index = torch.from_numpy((self._first + step.length - 1)[step.samples])
+        self.sample_index = torch.from_numpy((first + step.length - 1)[step.samples])
         self._work: dict[int | None, AttentionWork] = {}
         self._partials: dict[int | None, tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -153,29 +185,28 @@ class Batch:
         return self._partials[window]
 
     def _make_work(self, window: int | None) -> AttentionWork:
-        step = self._step
+        pieces = self._pieces
         dense = list(self._prefix_reads(window))
-        levels = int(step.prefix_reads.level.max(initial=-1)) + 1
-        causal: list[Causal] = []
-        stop = step.start + step.length
-        # A window cuts into the own KV of a chunk if the last row cannot see the first own token.
+        levels = int(self._step.prefix_reads.level.max(initial=-1)) + 1
+        stop = pieces.start + pieces.length
+        # A window cuts into the own KV of a piece if the last row cannot see the first own token.
         whole = np.ones(stop.size, dtype=bool) if window is None else stop <= window
-        short = (step.length <= _SHORT_ROWS) & (stop <= _SHORT_KV)
-        single = (step.length == 1) & ~short
+        short = (pieces.length <= _SHORT_ROWS) & (stop <= _SHORT_KV)
+        single = (pieces.length == 1) & ~short
         for c in np.flatnonzero(single).tolist():
             low = max(0, int(stop[c]) - window) if window is not None else 0
-            kv = self._kv_range(int(step.sequence[c]), low, int(stop[c]))
-            dense.append(Dense(levels, int(self._first[c]), 1, kv))
+            kv = self._kv_range(int(pieces.sequence[c]), low, int(stop[c]))
+            dense.append(Dense(levels, int(pieces.first[c]), 1, kv))
         long = ~short & ~single
         for c in np.flatnonzero(long & ~whole).tolist():
-            dense.append(self._windowed_chunk(c, levels, window or 0))
+            dense.append(self._windowed_piece(c, levels, window or 0))
         plain = long & whole
-        causal += self._causal_chunks(np.flatnonzero(plain), levels)
-        earlier = np.flatnonzero(plain & (step.start > 0)).tolist()
+        causal = self._causal_pieces(np.flatnonzero(plain), levels)
+        earlier = np.flatnonzero(plain & (pieces.start > 0)).tolist()
         for c in earlier:
-            kv = self._kv_range(int(step.sequence[c]), 0, int(step.start[c]))
-            dense.append(Dense(levels + 1, int(self._first[c]), int(step.length[c]), kv))
-        ragged = self._ragged_chunks(np.flatnonzero(short), levels, window)
+            kv = self._kv_range(int(pieces.sequence[c]), 0, int(pieces.start[c]))
+            dense.append(Dense(levels + 1, int(pieces.first[c]), int(pieces.length[c]), kv))
+        ragged = self._ragged_pieces(np.flatnonzero(short), levels, window)
         return AttentionWork(levels + 1 + bool(earlier), tuple(dense), tuple(causal), tuple(ragged))
 
     def _prefix_reads(self, window: int | None) -> Iterator[Dense]:
@@ -202,36 +233,36 @@ class Batch:
             blind = ~seen.any(axis=1)
             yield Dense(level, first, rows, kv, self._mask(seen), torch.from_numpy(blind) if blind.any() else None)
 
-    def _windowed_chunk(self, c: int, partial: int, window: int) -> Dense:
-        """A long chunk whose own KV is longer than the window."""
-        step = self._step
-        start, rows = int(step.start[c]), int(step.length[c])
+    def _windowed_piece(self, c: int, partial: int, window: int) -> Dense:
+        """A long piece whose own KV is longer than the window."""
+        pieces = self._pieces
+        start, rows = int(pieces.start[c]), int(pieces.length[c])
         low = max(0, start - window + 1)
         row = np.arange(start, start + rows)[:, None]
         key = np.arange(low, start + rows)
         seen = (key <= row) & (key > row - window)
-        kv = self._kv_range(int(step.sequence[c]), low, start + rows)
-        return Dense(partial, int(self._first[c]), rows, kv, self._mask(seen))
+        kv = self._kv_range(int(pieces.sequence[c]), low, start + rows)
+        return Dense(partial, int(pieces.first[c]), rows, kv, self._mask(seen))
 
-    def _causal_chunks(self, chunks: npt.NDArray[np.int64], partial: int) -> Iterator[Causal]:
-        """Neighbouring chunks of equal length in one call."""
-        if not chunks.size:
+    def _causal_pieces(self, which: npt.NDArray[np.int64], partial: int) -> Iterator[Causal]:
+        """Neighbouring pieces of equal length in one call."""
+        if not which.size:
             return
-        length = self._step.length[chunks]
-        breaks = np.flatnonzero((np.diff(chunks) != 1) | (np.diff(length) != 0)) + 1
-        for part in np.split(chunks, breaks):
-            yield Causal(partial, int(self._first[part[0]]), part.size, int(self._step.length[part[0]]))
+        length = self._pieces.length[which]
+        breaks = np.flatnonzero((np.diff(which) != 1) | (np.diff(length) != 0)) + 1
+        for part in np.split(which, breaks):
+            yield Causal(partial, int(self._pieces.first[part[0]]), part.size, int(self._pieces.length[part[0]]))
 
-    def _ragged_chunks(self, chunks: npt.NDArray[np.int64], partial: int, window: int | None) -> Iterator[Ragged]:
-        """Short chunks of similar size in one call each."""
-        step = self._step
-        start, length = step.start[chunks], step.length[chunks]
+    def _ragged_pieces(self, which: npt.NDArray[np.int64], partial: int, window: int | None) -> Iterator[Ragged]:
+        """Short pieces of similar size in one call each."""
+        pieces = self._pieces
+        start, length = pieces.start[which], pieces.length[which]
         row_bucket = np.where(length == 1, 1, _SHORT_ROWS)
         kv_bucket = -(-(start + length) // _KV_BUCKET)
         buckets, of_bucket = np.unique(np.stack((row_bucket, kv_bucket)), axis=1, return_inverse=True)
         for bucket in range(buckets.shape[1]):
-            inside = chunks[of_bucket.ravel() == bucket]
-            first, begin, count = self._first[inside], step.start[inside], step.length[inside]
+            inside = which[of_bucket.ravel() == bucket]
+            first, begin, count = pieces.first[inside], pieces.start[inside], pieces.length[inside]
             rows, tokens = int(count.max()), int((begin + count).max())
             row = np.minimum(np.arange(rows), count[:, None] - 1)  # [B, n]; padding repeats the last row
             key = np.arange(tokens)
@@ -239,7 +270,7 @@ class Batch:
             seen = key <= own[..., None]  # [B, n, M]
             if window is not None:
                 seen &= key > own[..., None] - window
-            places = self._tables.index(step.sequence[inside][:, None], np.minimum(key, (begin + count)[:, None] - 1))
+            places = self._tables.index(pieces.sequence[inside][:, None], np.minimum(key, (begin + count)[:, None] - 1))
             real = np.arange(rows) < count[:, None]
             yield Ragged(
                 partial=partial,
