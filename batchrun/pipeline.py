@@ -37,7 +37,7 @@ from batchrun.formats.rundir import (
     sort_results,
     write_text_atomic,
 )
-from batchrun.prepare import Prepared, first_tokens, plan_file, prepare, simulate, summaries, warnings_of
+from batchrun.prepare import Prepared, mismatches, own_tokens, plan_file, prepare, simulate, summaries, warnings_of
 from batchrun.report.page import render_page
 from batchrun.report.records import (
     KvUse,
@@ -119,7 +119,7 @@ class Planned:
         plan: as in `plan.json`.
         faults: bad lines.
         total_lines: lines of the job, blank ones not counted.
-        previews: the first words of each of `plan.groups`.
+        previews: the first words of the own tokens of each of `plan.groups`.
         warnings: what a person should know.
     """
 
@@ -192,6 +192,7 @@ def plan_job(job: str, config: RunConfig) -> Planned:
     source = open_job(job)
     lint = lint_job(source, config.limit)
     _refuse_unrunnable(lint.faults, lint.total, config)
+    _refuse_mismatch(lint, subject, config)
     prepared = prepare(subject, _sound_lines(source, config.limit), config)
     _refuse_unrunnable(prepared.faults, lint.total, config)
     faults = sorted([*lint.faults, *prepared.faults], key=lambda fault: fault.number)
@@ -200,7 +201,7 @@ def plan_job(job: str, config: RunConfig) -> Planned:
         raise NothingRunnable(f"None of the {total} lines can run; the first: {_shown(faults[0])}")
     simulated = simulate(prepared)
     previews = [
-        prepared.tokenizer.decode(first_tokens(prepared.plan.groups, prepared.requests, group.id, 24).tolist())
+        prepared.tokenizer.decode(own_tokens(prepared.plan.groups, prepared.requests, group.id, 24).tolist())
         for group in summaries(prepared.plan.groups)
     ]
     planned = plan_file(prepared, simulated, subject, fingerprint_of(subject, lint.fingerprint, config))
@@ -219,6 +220,7 @@ def run_job(job: str, config: RunConfig, observer: Observer | None = None) -> Ou
         source, out = _open_source(job, config, stack)
         lint = lint_job(source, config.limit)
         _refuse_unrunnable(lint.faults, lint.total, config)
+        _refuse_mismatch(lint, subject, config)
         if config.strict:  # all or none: what only the tokenizer can refuse is found before anything is written
             faults = prepare(subject, _sound_lines(source, config.limit), config).faults
             _refuse_unrunnable(faults, lint.total, config)
@@ -258,6 +260,7 @@ class _Run:
         self.observer = observer
         self.began = began
         self.seconds: dict[str, float] = {}
+        self.answered_prompt_tokens = 0
         self.finish_reasons: Counter[str] = Counter()
         self.error_codes: Counter[str] = Counter()
         self.total = lint.total
@@ -377,6 +380,7 @@ class _Run:
             text, by_text = texts.text(finished)
             reason = FinishReason.STOP if by_text else finished.reason
             self.finish_reasons[reason.value] += 1
+            self.answered_prompt_tokens += requests.tokens.span(finished.request).length
             newly_finished += 1
             lines.add(finished, text, reason)
 
@@ -443,7 +447,7 @@ class _Run:
                 plan=self.seconds.get("plan"),
                 execute=execute,
             ),
-            throughput=Throughput(rate(answered), rate(plan.prompt_logical), rate(counters.sampled)),
+            throughput=Throughput(rate(answered), rate(self.answered_prompt_tokens), rate(counters.sampled)),
             steps=len(steps),
             kv=KvUse(plan.budget.page_size, plan.budget.pages, scheduler.pool.peak_used),
             idle_rows=counters.idle_rows,
@@ -503,6 +507,17 @@ def _refuse_unrunnable(faults: list[LineFault], total: int, config: RunConfig) -
         raise NothingRunnable(
             f"{len(faults):,} of {total:,} lines are bad, and --strict runs all lines or none:\n{shown}{more}",
             hint="Mend them, or leave --strict out to run the others.",
+        )
+
+
+def _refuse_mismatch(lint: JobLint, subject: Subject, config: RunConfig) -> None:
+    """Under --strict, lines made for another model are no warning."""
+    mismatch = mismatches(lint, subject)
+    if config.strict and mismatch is not None:
+        raise NothingRunnable(
+            f"{mismatch.count:,} of {lint.total:,} lines: {mismatch.message}; --strict refuses that.",
+            hint="Give the model by the name that the lines have, or leave --strict out.",
+            code=mismatch.code,
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 
 import numpy as np
@@ -77,6 +77,9 @@ def plan_what_fits(
 ) -> tuple[Requests, Plan, list[LineFault], int]:
     """Plan; requests that the KV pool can never hold become faults of their lines, and the rest is planned again.
 
+    Prefixes take whole pages of their own. Where a request fits into the pool alone and not beside them, the pool is
+    so small that nothing is shared.
+
     Returns:
         The requests that are left, their plan, the faults, and how many limits that nobody set were cut to the pool.
     """
@@ -90,6 +93,11 @@ def plan_what_fits(
             continue  # shorter answers may be grouped in another way, which must fit too
         if not misfits.any():
             return requests, planned, faults, int((requests.max_new_tokens < limits).sum())
+        if options.grouping != "none":
+            alone = requests.tokens.lengths + np.where(defaulted, 1, requests.max_new_tokens) - 1
+            if (alone[misfits] <= budget.pages * budget.page_size).any():
+                options = replace(options, grouping="none")
+                continue
         lines = np.unique(requests.line[misfits])
         for line in lines.tolist():
             of_line = requests.line == line
@@ -149,10 +157,23 @@ def summaries(groups: PrefixGroups) -> tuple[GroupSummary, ...]:
     )
 
 
-def first_tokens(groups: PrefixGroups, requests: Requests, group: int, count: int) -> np.ndarray:
-    """The first tokens of the whole prefix of a group."""
-    start = int(groups.start[group] - groups.depth[group])
-    return requests.tokens.ids[start : start + min(count, int(groups.depth[group] + groups.length[group]))]
+def own_tokens(groups: PrefixGroups, requests: Requests, group: int, count: int) -> np.ndarray:
+    """The first of a group's own tokens: those that tell it from the other groups of its parent."""
+    start = int(groups.start[group])
+    return requests.tokens.ids[start : start + min(count, int(groups.length[group]))]
+
+
+def mismatches(lint: JobLint, subject: Subject) -> Warned | None:
+    """Lines that name another model than the one they are run with, in `body.model`."""
+    others = {name: count for name, count in lint.models.items() if name != subject.name}
+    if not others:
+        return None
+    most = max(others, key=lambda name: others[name])
+    return Warned(
+        "model_mismatch",
+        sum(others.values()),
+        f"body.model names another model than {subject.name!r} (most often {most!r}), which all lines are run with",
+    )
 
 
 def warnings_of(lint: JobLint, prepared: Prepared, subject: Subject, config: RunConfig) -> list[Warned]:
@@ -160,17 +181,9 @@ def warnings_of(lint: JobLint, prepared: Prepared, subject: Subject, config: Run
     warnings = []
     for name, count in lint.unknown_fields.most_common(20):
         warnings.append(Warned("unknown_field", count, f"field {name!r} is not known and was ignored"))
-    others = {name: count for name, count in lint.models.items() if name != subject.name}
-    if others:
-        most = max(others, key=lambda name: others[name])
-        warnings.append(
-            Warned(
-                "model_mismatch",
-                sum(others.values()),
-                f"body.model names another model than {subject.name!r} (most often {most!r}); all lines ran with "
-                f"{subject.name!r}",
-            )
-        )
+    mismatch = mismatches(lint, subject)
+    if mismatch is not None:
+        warnings.append(mismatch)
     if prepared.silent:
         warnings.append(
             Warned(

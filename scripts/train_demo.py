@@ -388,12 +388,8 @@ def train(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder for model/, job.jsonl and answers.jsonl"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for model/, job.jsonl and answers.jsonl")
     parser.add_argument("--job-only", action="store_true", help="write only job.jsonl and answers.jsonl")
     parser.add_argument(
         "--resume",

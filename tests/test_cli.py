@@ -384,6 +384,16 @@ def test_strict_runs_all_or_none(name, bad, command, here):
     assert not (here / "jobs.run").exists()
 
 
+@pytest.mark.parametrize("name", ["run", "plan"])
+def test_strict_refuses_lines_made_for_another_model(name, command, here):
+    body = {"model": "another", "prompt": "apple", "max_tokens": 1}
+    write_job(here / "jobs.jsonl", [{"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}])
+    done = command(name, "jobs.jsonl", "--strict")
+    assert done.exit_code == ExitCode.NOTHING_RUNNABLE
+    assert "'another'" in done.stderr
+    assert not (here / "jobs.run").exists()
+
+
 # --- exit code 73
 
 
@@ -428,6 +438,9 @@ def test_a_disk_that_fills_up_ends_the_run_and_room_on_it_goes_on(command, here,
     kept = texts(here / "jobs.run")
     assert 0 < len(kept) < len(LONG)
     assert kept.items() <= undisturbed.items()
+    run_file = json.loads((here / "jobs.run" / "run.json").read_bytes())
+    assert (run_file["status"], run_file["exit_code"]) == ("stopped", 73)
+    assert run_file["request_counts"]["completed"] == len(kept)
 
     done = command(*args)
     assert done.exit_code == ExitCode.OK

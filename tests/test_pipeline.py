@@ -580,7 +580,10 @@ def test_a_failure_in_the_engine_is_no_end_of_the_world(run, small, tmp_path, mo
             run(SMALL)
     kept = read_lines(tmp_path / "out.run" / "results.jsonl")
     assert 0 < len(kept) < len(SMALL)
-    assert read_document(tmp_path / "out.run" / "run.json", RunFile).status == "in_progress"
+    run_file = read_document(tmp_path / "out.run" / "run.json", RunFile)
+    assert run_file.status == "stopped"
+    counts = run_file.request_counts
+    assert (counts.completed, counts.remaining) == (len(kept), len(SMALL) - len(kept))
 
     outcome = run(SMALL)
     assert outcome.exit_code is ExitCode.OK

@@ -81,9 +81,7 @@ class JobSource:
         if head_bytes:
             yield number + 1, b"".join(head)
         if self._fingerprint not in (None, digest.hexdigest()):
-            raise UsageError(
-                f"{self.path} changed while it was being read.", hint="Start again when it is complete."
-            )
+            raise UsageError(f"{self.path} changed while it was being read.", hint="Start again when it is complete.")
         self._fingerprint = digest.hexdigest()
 
     def fingerprint(self) -> str:
@@ -116,9 +114,7 @@ def open_job(path: str | Path) -> JobSource:
         if stat.S_ISREG(mode):
             path.open("rb").close()
     except FileNotFoundError:
-        raise UsageError(
-            f"There is no job file {path}.", hint="Check the path; `-` reads standard input."
-        ) from None
+        raise UsageError(f"There is no job file {path}.", hint="Check the path; `-` reads standard input.") from None
     except OSError as error:
         raise UsageError(
             f"The job file {path} cannot be read: {error.strerror}.", hint="Check the path and its permissions."

@@ -165,8 +165,7 @@ def _without_lone_surrogates(value: Any) -> Any:
             return [_without_lone_surrogates(item) for item in value]
         case _ if dataclasses.is_dataclass(value) and not isinstance(value, type):
             return {
-                field.name: _without_lone_surrogates(getattr(value, field.name))
-                for field in dataclasses.fields(value)
+                field.name: _without_lone_surrogates(getattr(value, field.name)) for field in dataclasses.fields(value)
             }
         case _:
             return value

@@ -143,7 +143,7 @@ class Throughput:
     """What was done per second of `Seconds.execute`; None where nothing was executed."""
 
     requests_per_second: float | None = None
-    input_tokens_per_second: float | None = None  # logical prompt tokens
+    input_tokens_per_second: float | None = None  # prompt tokens, shared or not, of the requests answered
     output_tokens_per_second: float | None = None
 
 

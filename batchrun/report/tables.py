@@ -105,7 +105,7 @@ def print_plan(console: Console, plan: PlanFile, *, total_lines: int, faults: in
         plan: the plan.
         total_lines: lines of the job, bad ones included.
         faults: how many of them are bad.
-        previews: the first words of the prefix of each of `plan.groups`.
+        previews: the first words of the own tokens of each of `plan.groups`.
     """
     title = f"Plan: {plural(plan.requests, 'request')} from {plural(total_lines, 'line')}"
     if plan.expected_seconds is None:
@@ -132,9 +132,7 @@ def print_plan(console: Console, plan: PlanFile, *, total_lines: int, faults: in
         _print_groups(console, plan, previews)
 
 
-def print_faults(
-    console: Console, faults: Sequence[LineFault], limit: int = 10, *, more_in: str | None = None
-) -> None:
+def print_faults(console: Console, faults: Sequence[LineFault], limit: int = 10, *, more_in: str | None = None) -> None:
     """Show the bad lines of a job, the first `limit` of them; nothing where there are none.
 
     Args:
@@ -166,8 +164,8 @@ def _token_rows(tokens: TokenCounts, saving: float, output: str) -> list[_Row]:
 
 
 def _kv_row(kv: KvUse) -> _Row:
-    share = f" ({percent(kv.peak_pages / kv.pages)})" if kv.pages else ""
-    return _Row(f"{kv.peak_pages:,}", f"pages at peak of {kv.pages:,}{share}, {plural(kv.page_size, 'token')} each")
+    each = plural(kv.page_size, "token")
+    return _Row(f"{kv.peak_pages:,}", f"pages of {each} each at peak; the pool has {kv.pages:,}")
 
 
 def _count_rows(counts: Mapping[str, int]) -> list[_Row]:
@@ -197,7 +195,7 @@ def _print_groups(console: Console, plan: PlanFile, previews: Sequence[str]) -> 
     cells = [("group", "tokens", "requests")]
     cells += [(f"{group.id:,}", f"{group.prefix_tokens:,}", f"{group.requests:,}") for group in groups]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    words = ["prefix begins", *(" ".join(preview.split()) for preview in previews[: len(groups)])]
+    words = ["own part begins", *(" ".join(preview.split()) for preview in previews[: len(groups)])]
     words += [""] * (len(cells) - len(words))
     for index, (row, text) in enumerate(zip(cells, words, strict=True)):
         line = "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) + "  "

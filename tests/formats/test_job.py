@@ -384,9 +384,7 @@ def test_fault_carries_the_lines_own_id(tmp_path):
 
 
 def test_first_of_a_custom_id_runs_and_each_later_line_is_a_duplicate(tmp_path):
-    one, *others = read(
-        tmp_path, {"id": 1, "prompt": "a"}, {"custom_id": "1", "prompt": "b"}, {"id": 1, "prompt": "a"}
-    )
+    one, *others = read(tmp_path, {"id": 1, "prompt": "a"}, {"custom_id": "1", "prompt": "b"}, {"id": 1, "prompt": "a"})
     assert isinstance(one, JobLine)
     for number, other in enumerate(others, 2):
         assert isinstance(other, LineFault)

@@ -104,9 +104,7 @@ def test_a_report_reads_back_equal(tmp_path):
     assert next(iter(document)) == "schema_version"
     assert document["seconds"] == {"total": 3.0, "load": None, "tokenize": 0.25, "plan": None, "execute": 2.5}
     assert document["saving"] == 0.75
-    assert document["warnings"] == [
-        {"code": "max_tokens_default", "count": 3, "message": "3 lines have no max_tokens"}
-    ]
+    assert document["warnings"] == [{"code": "max_tokens_default", "count": 3, "message": "3 lines have no max_tokens"}]
 
 
 def test_a_plan_reads_back_equal(tmp_path):

@@ -219,6 +219,9 @@ def test_all_that_a_plan_keeps_can_run_to_its_limit_however_small_the_pool(
 
     assert sorted([*kept.line_numbers.tolist(), *(fault.number for fault in faults)]) == list(range(1, count + 1))
     assert all(fault.code == "context_length_exceeded" for fault in faults)
+    # Refused is what does not fit even alone and without sharing, and nothing else.
+    least = requests.tokens.lengths + np.where(defaulted, 1, before) - 1
+    assert {fault.number for fault in faults} == set((np.flatnonzero(least > pages * page_size) + 1).tolist())
     assert clipped == (kept.max_new_tokens < before[kept.line_numbers - 1]).sum()
     sampled = [step.request[step.samples] for step in steps_of(plan, kept)]
     counts = np.bincount(np.concatenate([*sampled, np.empty(0, dtype=int)]).astype(int), minlength=len(kept))

@@ -113,7 +113,7 @@ def test_the_summary_says_the_outcome_first_and_has_every_figure():
         "1,019  input tokens/s",
         "31.1  output tokens/s",
         "1,204  on cpu in float32",
-        "3,120  pages at peak of 4,096 (76.2 %), 16 tokens each",
+        "3,120  pages of 16 tokens each at peak; the pool has 4,096",
         "5  idle rows, 12 padded rows, 3 preemptions, 1 eviction",
         "470  stop",
         "1  empty_prompt",
@@ -223,7 +223,7 @@ def test_a_plan_shows_its_figures_and_its_ten_largest_groups():
         "31,220  prompt, physical: 87.6 % saved",
         "7,680  output, expected",
         "1,204  filled up to 256 tokens each",
-        "3,120  pages at peak of 4,096",
+        "3,120  pages of 16 tokens each at peak",
         "dfs, grouping tree",
         "not calibrated",
         "0     512        60  You answer questions about the table",
@@ -239,7 +239,7 @@ def test_a_plan_of_a_calibrated_device_without_groups_or_bad_lines():
     text = shown(print_plan, a_plan(expected_seconds=7500.0, groups=()), total_lines=480, faults=0, previews=[])
     assert "2 h 5 min  expected" in text
     assert "bad" not in text
-    assert "prefix begins" not in text
+    assert "own part begins" not in text
 
 
 def test_faults_have_line_code_and_message_and_the_rest_is_counted():

@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import ContextWorker, answer, make_requests
 
+from batchrun.execution.simulate import SimulatedWorker
 from batchrun.planning.memory import MemoryBudget
 from batchrun.planning.order import ORDERS
 from batchrun.planning.planner import Plan, PlanOptions, make_plan, pages_needed
 from batchrun.prefix.forest import build_forest
 from batchrun.request import FinishReason, Requests
-from batchrun.execution.simulate import SimulatedWorker
 from batchrun.schedule.pages import PagePool
 from batchrun.schedule.scheduler import Finished, Scheduler
 from batchrun.specs import ModelSpec
