@@ -1,6 +1,7 @@
 """batchrun against transformers' padded `generate`, on the same model and requests, in one process.
 
-Runs alternate, each figure is a median; answers are compared. The model has SmolLM2-135M's shape and random weights.
+Runs alternate, and the ratio is that of the medians. That the answers are the same is shown by
+tests/test_exactness.py, on models whose answers can be told apart. The model here has SmolLM2-135M's shape and random weights.
 
     python scripts/bench/bench_run.py --workload micro --repeats 3
 """
@@ -33,8 +34,6 @@ SHAPE = {
     "num_key_value_heads": 3,
     "max_position_embeddings": 8192,
     "tie_word_embeddings": True,
-    # Wide enough that greedy choices have clear gaps, so that answers can be compared.
-    "initializer_range": 0.06,
 }
 
 
