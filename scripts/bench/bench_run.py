@@ -1,7 +1,8 @@
 """batchrun against transformers' padded `generate`, on the same model and requests, in one process.
 
 Runs alternate, and the ratio is that of the medians. That the answers are the same is shown by
-tests/test_exactness.py, on models whose answers can be told apart. The model here has SmolLM2-135M's shape and random weights.
+tests/test_exactness.py, on models whose answers can be told apart. The model here has SmolLM2-135M's shape and random
+weights.
 
     python scripts/bench/bench_run.py --workload micro --repeats 3
 """
