@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from batchrun.errors import UsageError
 from batchrun.planning.order import ORDERS
+from batchrun.prefix.groups import GROUPINGS
 from batchrun.request import Endpoint, LineOptions, SamplingParams
 
 COMPLETIONS_MAX_TOKENS = 16  # the API's own default for /v1/completions
@@ -66,6 +67,12 @@ def _known_order(name: str) -> str:
     return name
 
 
+def _known_grouping(name: str) -> str:
+    if name not in GROUPINGS:
+        raise ValueError(f"it must be one of {', '.join(GROUPINGS)}")
+    return name
+
+
 Size = Annotated[int, BeforeValidator(parse_size)]
 AnyPath = Annotated[Path, Field(strict=False)]  # strict mode would refuse the strings that TOML has
 
@@ -101,9 +108,9 @@ class SamplingConfig(_Section):
 class SchedulerConfig(_Section):
     """How work is cut into steps. None of it changes results."""
 
-    grouping: Literal["tree", "none"] = Field(
+    grouping: Annotated[str, AfterValidator(_known_grouping)] = Field(
         default="tree",
-        description="Which shared prefixes are computed once: all levels of the prefix tree, or none.",
+        description="Which shared prefixes are computed once, by name; it never changes results.",
     )
     step_tokens: int | None = Field(
         default=None,
@@ -147,6 +154,11 @@ class RunConfig(_Section):
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto",
         description="Where the model runs; auto is the CPU, and cuda is refused: this version runs on no GPU.",
+    )
+    device_spec: str | None = Field(
+        default=None,
+        description="Device whose figures the plan is made with, by name (cpu, a100, h100, h200, or one that "
+        "scripts/calibrate made); the device of the run if unset.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",

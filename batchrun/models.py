@@ -112,7 +112,16 @@ def load_device_spec(name: str) -> DeviceSpec:
         )
     entry = _read_toml(known[name])
     memory = parse_size(entry["memory"]) if "memory" in entry else _host_memory()
-    return DeviceSpec(name, memory, page_size=entry["page_size"], step_tokens=entry["step_tokens"])
+    return DeviceSpec(
+        name,
+        memory,
+        page_size=entry["page_size"],
+        step_tokens=entry["step_tokens"],
+        flops=entry["flops"],
+        bandwidth=entry["bandwidth"],
+        fitted=entry.get("fitted", {}),
+        hardware=entry["hardware"],
+    )
 
 
 def _shipped(kind: str) -> dict[str, Path]:

@@ -15,14 +15,23 @@ from batchrun.formats.job import JobLint
 from batchrun.formats.plan import PlanFile
 from batchrun.intake import Intake, read_requests
 from batchrun.models import load_device_spec
+from batchrun.planning.cost import CostModel, Work
 from batchrun.planning.memory import MemoryBudget, make_budget
 from batchrun.planning.planner import Plan, PlanOptions, fit_to_pool, make_plan
-from batchrun.prefix.forest import build_forest
+from batchrun.prefix.forest import PrefixForest, build_forest
 from batchrun.prefix.groups import PrefixGroups
-from batchrun.report.records import GroupSummary, KvUse, StepLog, TokenCounts, Warned, largest_groups
+from batchrun.report.records import (
+    Estimate,
+    GroupSummary,
+    KvUse,
+    OrderTried,
+    StepLog,
+    TokenCounts,
+    Warned,
+    largest_groups,
+)
 from batchrun.request import JobLine, LineFault, Requests
 from batchrun.schedule.scheduler import Scheduler
-from batchrun.specs import ModelSpec
 from batchrun.subject import Fingerprint, Subject
 from batchrun.tokenizer import Tokenizer, load_tokenizer
 
@@ -33,7 +42,9 @@ class Prepared:
 
     tokenizer: Tokenizer
     requests: Requests
+    forest: PrefixForest
     plan: Plan
+    cost: CostModel
     faults: list[LineFault]
     silent: int
     clipped: int
@@ -48,7 +59,8 @@ def prepare(subject: Subject, lines: Iterator[JobLine], config: RunConfig) -> Pr
     intake = read_requests(lines, tokenizer, subject.spec, subject.generation_config, config)
     tokenized = perf_counter()
 
-    device = load_device_spec(subject.device)
+    device = load_device_spec(config.device_spec or subject.device)
+    cost = CostModel(subject.spec, device, subject.dtype)
     budget = make_budget(
         subject.spec, device, subject.dtype, kv_memory=config.kv_memory, page_size=config.scheduler.page_size
     )
@@ -59,11 +71,13 @@ def prepare(subject: Subject, lines: Iterator[JobLine], config: RunConfig) -> Pr
         **({"first_guess": config.scheduler.expected_tokens} if config.scheduler.expected_tokens else {}),
         seed=config.seed,
     )
-    requests, planned, too_large, clipped_to_pool = plan_what_fits(intake, subject.spec, budget, options)
+    requests, forest, planned, too_large, clipped_to_pool = plan_what_fits(intake, cost, budget, options)
     return Prepared(
         tokenizer=tokenizer,
         requests=requests,
+        forest=forest,
         plan=planned,
+        cost=cost,
         faults=sorted([*intake.faults, *too_large], key=lambda fault: fault.number),
         silent=intake.silent,
         clipped=intake.clipped,
@@ -73,26 +87,28 @@ def prepare(subject: Subject, lines: Iterator[JobLine], config: RunConfig) -> Pr
 
 
 def plan_what_fits(
-    intake: Intake, spec: ModelSpec, budget: MemoryBudget, options: PlanOptions
-) -> tuple[Requests, Plan, list[LineFault], int]:
+    intake: Intake, cost: CostModel, budget: MemoryBudget, options: PlanOptions
+) -> tuple[Requests, PrefixForest, Plan, list[LineFault], int]:
     """Plan; requests that the KV pool can never hold become faults of their lines, and the rest is planned again.
 
     Prefixes take whole pages of their own. Where a request fits into the pool alone and not beside them, the pool is
     so small that nothing is shared.
 
     Returns:
-        The requests that are left, their plan, the faults, and how many limits that nobody set were cut to the pool.
+        The requests that are left, their forest and plan, the faults, and how many limits that nobody set were cut to
+        the pool.
     """
     requests, defaulted = intake.requests, intake.defaulted
     limits = requests.max_new_tokens.copy()
     faults: list[LineFault] = []
     while True:
-        planned = make_plan(requests, build_forest(requests.tokens), spec, budget, options)
+        forest = build_forest(requests.tokens)
+        planned = make_plan(requests, forest, cost, budget, options)
         clipped, misfits = fit_to_pool(planned.groups, requests, budget, defaulted)
         if clipped:
             continue  # shorter answers may be grouped in another way, which must fit too
         if not misfits.any():
-            return requests, planned, faults, int((requests.max_new_tokens < limits).sum())
+            return requests, forest, planned, faults, int((requests.max_new_tokens < limits).sum())
         if options.grouping != "none":
             alone = requests.tokens.lengths + np.where(defaulted, 1, requests.max_new_tokens) - 1
             if (alone[misfits] <= budget.pages * budget.page_size).any():
@@ -117,17 +133,33 @@ def plan_what_fits(
         defaulted, limits = defaulted[keep], limits[keep]
 
 
-def simulate(prepared: Prepared) -> Simulated:
-    """The steps of a plan, from the scheduler itself."""
-    scheduler = Scheduler(prepared.plan, prepared.requests)
-    end = run_loop(scheduler, SimulatedWorker(prepared.plan.expected_new_tokens))
-    return Simulated(end.log, scheduler)
-
-
 @dataclass(frozen=True, slots=True)
 class Simulated:
+    """What came of a simulation.
+
+    Attributes:
+        log: its steps, with the seconds expected.
+        work: of all of them.
+    """
+
     log: StepLog
     scheduler: Scheduler
+    work: Work
+
+
+def simulate(prepared: Prepared) -> Simulated:
+    """The steps of a plan, from the scheduler itself."""
+    plan, cost = prepared.plan, prepared.cost
+    work = Work()
+
+    def price(done: Work) -> float:
+        nonlocal work
+        work += done
+        return cost.seconds(done)
+
+    scheduler = Scheduler(plan, prepared.requests)
+    end = run_loop(scheduler, SimulatedWorker(plan.expected_new_tokens, price))
+    return Simulated(end.log, scheduler, work)
 
 
 def plan_file(prepared: Prepared, simulated: Simulated, subject: Subject, fingerprint: Fingerprint) -> PlanFile:
@@ -142,10 +174,43 @@ def plan_file(prepared: Prepared, simulated: Simulated, subject: Subject, finger
         steps=len(simulated.log),
         step_tokens=planned.options.step_tokens,
         kv=KvUse(planned.budget.page_size, planned.budget.pages, simulated.scheduler.pool.peak_used),
-        expected_seconds=None,
+        expected=estimate(prepared, simulated),
+        orders=(tried(planned.options.schedule_order, simulated),),
         model=subject.name,
         dtype=subject.dtype,
         fingerprint=fingerprint,
+    )
+
+
+def estimate(prepared: Prepared, simulated: Simulated) -> Estimate:
+    """How long a job is expected to take."""
+    cost = prepared.cost
+    seconds = float(simulated.log.columns["seconds"].sum())
+    low, high = cost.spread(seconds)
+    bound = cost.bound(simulated.work)
+    return Estimate(
+        seconds=seconds,
+        low=low,
+        high=high,
+        bound_compute=bound.compute,
+        bound_memory=bound.memory,
+        device=cost.device.name,
+        hardware=cost.device.hardware,
+        calibrated=cost.fitted,
+        requests=len(prepared.requests),
+    )
+
+
+def tried(name: str, simulated: Simulated) -> OrderTried:
+    """A schedule order as it was simulated."""
+    counters = simulated.scheduler.counters
+    return OrderTried(
+        name=name,
+        seconds=float(simulated.log.columns["seconds"].sum()),
+        steps=len(simulated.log),
+        prompt_computed=counters.prompt_computed,
+        peak_pages=simulated.scheduler.pool.peak_used,
+        evictions=counters.prefix_evictions,
     )
 
 

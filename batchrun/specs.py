@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 _HEAD_DIM = {"qwen3": 128}  # of transformers' configuration classes, where it is not hidden_size / heads
@@ -75,18 +75,42 @@ class ModelSpec:
         return (self.linear_parameters + 2 * self.vocab_size * self.hidden_size) * DTYPE_BYTES[dtype]
 
 
+# The units in which `planning.cost` counts work, and a device file prices it; seconds of one each.
+COST_UNITS = (
+    "step",  # a forward pass
+    "layer",  # a layer of a forward pass
+    "linear_operation",  # of linear layers and LM head; a multiplication and an addition are two
+    "weight_byte",  # read once a step
+    "element",  # of hidden and intermediate states: norms, activations, residuals
+    "attention_operation",
+    "kv_byte",  # read or written
+    "chunk",  # a sequence that advances, in a layer
+    "read",  # a shared prefix read, in a layer
+    "merged_element",  # of a partial attention result
+)
+
+
 @dataclass(frozen=True, slots=True)
 class DeviceSpec:
     """What planning needs to know of a device.
 
     Attributes:
-        name: `cpu`, or the shipped file's name.
+        name: `cpu`, or the device file's name.
         memory_bytes: memory that weights, KV and activations share.
         page_size: KV allocation unit in tokens.
         step_tokens: rows a step at which matrix products saturate the device.
+        flops: peak of matrix operations a second, by dtype.
+        bandwidth: peak bytes a second from memory.
+        fitted: by dtype, seconds of each of `COST_UNITS`, and `error`, the mean absolute error of the fit over steps
+            as a share; empty where the device was not calibrated.
+        hardware: what the figures were measured on, or whose data sheet they are of.
     """
 
     name: str
     memory_bytes: int
     page_size: int
     step_tokens: int
+    flops: Mapping[str, float]
+    bandwidth: float
+    fitted: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    hardware: str = ""

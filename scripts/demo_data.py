@@ -8,7 +8,7 @@ from the prompt. Training text is made of `Segment`s, each saying which of its t
 import json
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
@@ -113,9 +113,12 @@ class Row:
     boxes: str
     shelf: str
 
-    def line(self, wording: tuple[str, ...] = ROW_WORDING) -> str:
+    def line(self, wording: tuple[str, ...] = ROW_WORDING, values: str = "both") -> str:
+        """One line of the list; `values` may leave out one of its two, as in "- apples: shelf C3"."""
         start, colon, boxes, comma, shelf = wording
-        return f"{start} {self.item}{colon} {self.boxes}{boxes}{comma}{shelf} {self.shelf}"
+        count = "" if values == "shelf" else f" {self.boxes}{boxes}"
+        place = "" if values == "boxes" else f"{shelf} {self.shelf}"
+        return f"{start} {self.item}{colon}{count}{comma if values == 'both' else ''}{place}"
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,6 @@ class Turn:
 
 class Supervise(Enum):
     NOTHING = "nothing"
-    SHELVES = "shelves"
     VALUES = "values"  # only numbers and shelves: what a table tells and nothing else could
     ALL = "all"
 
@@ -180,20 +182,23 @@ def recited_table(rng: random.Random, n_rows: int, keep: float) -> list[Segment]
     """The lines of a table, then the same lines in another order: two lookups a line.
 
     `keep` is the chance of each word around the values to stay in the lines of this table. Without any, every
-    value directly follows what it is looked up by. Half of the time the second lines have other numbers, and
-    only the shelves are to be looked up.
+    value directly follows what it is looked up by. Half of the time the second lines leave out words of their
+    own and one of the two values, so that only the item tells which value is meant, at whatever distance.
     """
     rows = draw_table(rng, n_rows).rows
-    wording = tuple(part if rng.random() < keep else "" for part in ROW_WORDING)
+    wording = drawn_wording(rng, keep)
+    lines = "".join(row.line(wording) for row in rows)
     again = rng.sample(rows, n_rows)
-    supervise = Supervise.VALUES
     if rng.random() < 0.5:
-        again = [replace(row, boxes=rng.choice(NUMBERS)) for row in again]
-        supervise = Supervise.SHELVES
-    return [
-        Segment("".join(row.line(wording) for row in rows)),
-        Segment("".join(row.line(wording) for row in again), supervise),
-    ]
+        wording = drawn_wording(rng, keep)
+        second = "".join(row.line(wording, rng.choice(("boxes", "shelf"))) for row in again)
+    else:
+        second = "".join(row.line(wording) for row in again)
+    return [Segment(lines), Segment(second, Supervise.VALUES)]
+
+
+def drawn_wording(rng: random.Random, keep: float) -> tuple[str, ...]:
+    return tuple(part if rng.random() < keep else "" for part in ROW_WORDING)
 
 
 def conversation(table: Table, turns: list[Turn]) -> list[Segment]:

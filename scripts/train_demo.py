@@ -16,8 +16,9 @@ therefore starts where the signal is densest and moves towards the job in steps 
 2. recite   A small table, then its lines in another order. Some sequences leave words out of the lines, down
             to items, numbers and shelves side by side, which stage 1 solves; the full lines then ask for the
             same lookup over a longer distance. (With full lines only, 600 steps did not get there.)
-            In every other sequence the second numbers differ from the first, so that a shelf has to be found
-            by its item: the number of the line would be a shortcut, and stage 3 does not offer it.
+            In every other sequence a second line has only one of its two values and words of its own, so that
+            a shelf has to be found by its item at whatever distance: the number of the line would be a
+            shortcut, and stage 3 does not offer it.
 3. turns    A small table in the chat format, followed by many questions and answers. An answer names its item
             and then leads up to the value as the line does, which stage 2 solves.
 4. job      Tables as long as the job's, with one or many questions.
@@ -26,9 +27,6 @@ A stage ends when it is learnt (see `Stage.enough`) or has used its steps. So th
 away what it could build on, the learning rate warms up again in every stage, and three batches in ten repeat
 earlier stages. The loss covers answers only, and mostly the tokens that have to be looked up. Tables are
 drawn afresh for every sequence, so there is nothing to memorise; a table of the job is never drawn.
-
-The weights in configs/demo/model were trained in three legs (see --resume), the first two with an earlier
-form of stage 2, without the changed numbers, and with one batch in ten as review.
 """
 
 import argparse
@@ -204,13 +202,10 @@ class Encoder:
         self.pad_id = tokenizer.pad_token_id
         values_only = np.zeros(len(tokenizer), dtype=np.float32)
         values_only[self.word_ids(NUMBERS + SHELVES)] = VALUE_WEIGHT
-        shelves_only = np.zeros_like(values_only)
-        shelves_only[self.word_ids(SHELVES)] = VALUE_WEIGHT
         everything = np.maximum(values_only, WORDING_WEIGHT)
         everything[self.word_ids(ITEMS)] = ITEM_WEIGHT
         self.weights = {
             Supervise.NOTHING: np.zeros_like(values_only),
-            Supervise.SHELVES: shelves_only,
             Supervise.VALUES: values_only,
             Supervise.ALL: everything,
         }

@@ -6,9 +6,15 @@ import zlib
 
 import numpy as np
 
+from batchrun.planning.cost import CostModel
 from batchrun.request import Requests, SamplingParams
 from batchrun.schedule.step import Step, StepOutput
+from batchrun.specs import DeviceSpec, ModelSpec
 from batchrun.tokens import TokenTable
+
+# Rows are dear and merges cheap, so that small jobs share on all levels.
+DEVICE = DeviceSpec("cpu", memory_bytes=1 << 30, page_size=16, step_tokens=64, flops={"float32": 1e11}, bandwidth=1e10)
+DEAR_ROWS = CostModel(ModelSpec("llama", 50, 4096, 16384, 1, 1, 1, 1, 4096, None, "float32"), DEVICE, "float32")
 
 
 def next_token(context: list[int], vocabulary: int = 50) -> int:

@@ -59,8 +59,10 @@ def run_loop(
         if step is None:
             return LoopEnd(log, padded, stopped=False)
         pages_used = scheduler.pool.num_used
+        submitted = perf_counter()
         worker.submit(step)
         output = worker.collect()
+        waited = perf_counter() - submitted
         requests = step.request[step.samples]
         stopped = watch(requests, output.token_ids, output.ended) if watch is not None else None
         finished = scheduler.update(step, output, stopped)
@@ -74,7 +76,8 @@ def run_loop(
                 prefill_rows=step.num_rows - decodes,
                 decode_rows=decodes,
                 pages_used=pages_used,
-                seconds=perf_counter() - began,
+                seconds=output.seconds,
+                host_seconds=perf_counter() - began - waited,
             )
         )
         for answer in finished:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from batchrun.formats.rundir import document, read_document, write_json_atomic
-from batchrun.report.records import GroupSummary, KvUse, TokenCounts
+from batchrun.report.records import Estimate, GroupSummary, KvUse, OrderTried, TokenCounts
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,8 @@ class PlanFile:
         steps: steps until the end.
         step_tokens: rows a step is filled up to.
         kv: KV memory.
-        expected_seconds: None until the device has been calibrated.
+        expected: how long it takes, and the bound.
+        orders: the schedule orders that were tried, shortest first; one, unless it was left to `auto`.
         model, dtype: what it is planned for.
         fingerprint: as in `run.json`.
     """
@@ -35,7 +36,8 @@ class PlanFile:
     steps: int
     step_tokens: int
     kv: KvUse
-    expected_seconds: float | None
+    expected: Estimate
+    orders: tuple[OrderTried, ...]
     model: str
     dtype: str
     fingerprint: dict[str, str | int | float | bool | None]

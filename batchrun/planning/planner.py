@@ -8,13 +8,13 @@ import numpy as np
 import numpy.typing as npt
 
 from batchrun.errors import UsageError
+from batchrun.planning.cost import CostModel
 from batchrun.planning.lengths import FIRST_GUESS, OutputLengths
 from batchrun.planning.memory import MemoryBudget
 from batchrun.planning.order import ORDERS
 from batchrun.prefix.forest import PrefixForest
 from batchrun.prefix.groups import GROUPINGS, PrefixGroups, choose_groups
 from batchrun.request import Requests
-from batchrun.specs import ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,17 +61,8 @@ class Plan:
     saving: float
 
 
-def merge_cost(model: ModelSpec) -> float:
-    """Cost of merging one partial attention result into one row, in units of the cost of computing one row.
-
-    A row costs two operations a weight. A merge touches each head's output a few times and is bound by memory, so
-    each element counts as eight operations.
-    """
-    return 8 * model.num_layers * model.num_heads * model.head_dim / (2 * model.linear_parameters)
-
-
 def make_plan(
-    requests: Requests, forest: PrefixForest, model: ModelSpec, budget: MemoryBudget, options: PlanOptions
+    requests: Requests, forest: PrefixForest, cost: CostModel, budget: MemoryBudget, options: PlanOptions
 ) -> Plan:
     """Plan a job.
 
@@ -90,7 +81,7 @@ def make_plan(
         requests.tokens,
         grouping=options.grouping,
         expected_new_tokens=expected,
-        merge_cost=merge_cost(model),
+        costs=cost.group_costs(),
     )
     # No more pages than the job can ever use: the pool then does not depend on what memory happens to be free.
     budget = replace(budget, pages=min(budget.pages, _most_pages(groups, requests, budget, options.step_tokens)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,22 @@ from batchrun.tokens import TokenTable
 Bool = npt.NDArray[np.bool_]
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
+
+
+class GroupCosts(NamedTuple):
+    """What sharing spares and what it costs, in seconds.
+
+    Attributes:
+        row: computing one row of a prompt.
+        merge: merging one partial result into one row.
+        kv_token: reading one KV token.
+        read: reading one shared prefix in one step, whatever its length.
+    """
+
+    row: float
+    merge: float
+    kv_token: float
+    read: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +79,7 @@ def choose_groups(
     *,
     grouping: str,
     expected_new_tokens: Int32,
-    merge_cost: float,
+    costs: GroupCosts,
 ) -> PrefixGroups:
     """Choose the shared prefixes of a job.
 
@@ -71,15 +88,14 @@ def choose_groups(
         tokens: the prompts.
         grouping: a name in `GROUPINGS`.
         expected_new_tokens: int32 `[R]`, tokens each request is expected to sample.
-        merge_cost: cost of merging one more partial attention result into one row, in units of the cost of
-            computing one row.
+        costs: what sharing spares and what it costs.
     """
     shared = forest.requests > 1
     # The last token of identical prompts is of no use to anyone, unless another prompt goes on from it.
     useless = np.ones(len(forest), dtype=np.int32)
     useless[forest.parent[forest.parent >= 0]] = 0
     end = forest.depth + forest.length - useless
-    kept = GROUPINGS[grouping](forest, shared, end, expected_new_tokens, merge_cost)
+    kept = GROUPINGS[grouping](forest, shared, end, expected_new_tokens, costs)
 
     # The nearest kept ancestor of each node; parents are numbered before their children.
     nearest = forest.parent.copy()
@@ -132,12 +148,12 @@ def choose_groups(
     )
 
 
-def _no_node(forest: PrefixForest, shared: Bool, end: Int32, expected_new_tokens: Int32, merge_cost: float) -> Bool:
+def _no_node(forest: PrefixForest, shared: Bool, end: Int32, expected_new_tokens: Int32, costs: GroupCosts) -> Bool:
     """`none`: share nothing; the control."""
     return np.zeros_like(shared)
 
 
-def _by_cost(forest: PrefixForest, shared: Bool, end: Int32, expected_new_tokens: Int32, merge_cost: float) -> Bool:
+def _by_cost(forest: PrefixForest, shared: Bool, end: Int32, expected_new_tokens: Int32, costs: GroupCosts) -> Bool:
     """`tree`: keep a node where computing it once saves more than one more merge in every row below it costs.
 
     From the leaves up: a node that is given up is computed again by each of its units (kept nodes and requests
@@ -157,13 +173,13 @@ def _by_cost(forest: PrefixForest, shared: Bool, end: Int32, expected_new_tokens
         parent = forest.parent[nodes]
         before = np.where(parent >= 0, end[parent], 0)
         saved = (units[nodes] - 1) * (end[nodes] - before)
-        kept[nodes] = saved > rows[nodes] * merge_cost
+        kept[nodes] = saved * costs.row > rows[nodes] * costs.merge
         below = parent >= 0
         np.add.at(units, parent[below], np.where(kept[nodes], 1, units[nodes])[below])
     return kept
 
 
-GROUPINGS: dict[str, Callable[[PrefixForest, Bool, Int32, Int32, float], Bool]] = {
+GROUPINGS: dict[str, Callable[[PrefixForest, Bool, Int32, Int32, GroupCosts], Bool]] = {
     "tree": _by_cost,
     "none": _no_node,
 }

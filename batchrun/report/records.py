@@ -29,7 +29,8 @@ class StepRecord:
         prefill_rows: rows of prompts and shared prefixes.
         decode_rows: rows of tokens that were sampled before.
         pages_used: KV pages taken while it ran.
-        seconds: time on the device; NaN where it was planned and not run.
+        seconds: time on the device; in a plan, what is expected.
+        host_seconds: time to schedule it and to take in what it brought.
     """
 
     index: int
@@ -38,7 +39,8 @@ class StepRecord:
     prefill_rows: int
     decode_rows: int
     pages_used: int
-    seconds: float = float("nan")
+    seconds: float
+    host_seconds: float = 0.0
 
 
 _STEP_COLUMNS = np.dtype(
@@ -50,6 +52,7 @@ _STEP_COLUMNS = np.dtype(
         ("decode_rows", np.int64),
         ("pages_used", np.int64),
         ("seconds", np.float64),
+        ("host_seconds", np.float64),
     ]
 )
 _step_row = attrgetter(*(_STEP_COLUMNS.names or ()))
@@ -154,6 +157,57 @@ class KvUse:
     page_size: int
     pages: int
     peak_pages: int
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """How long a job is expected to take on a device, steps alone: no loading, no tokenising.
+
+    Attributes:
+        seconds: expected.
+        low, high: the range that it stands in.
+        bound_compute, bound_memory: the least that the device's peaks allow, for matrix operations and for memory.
+        device: name of the device's file.
+        hardware: what the device's figures were measured on, or whose data sheet they are of.
+        calibrated: whether the price of a step was measured there.
+        requests: how many were simulated, where a job is too large to simulate all; figures are scaled to the job.
+    """
+
+    seconds: float
+    low: float
+    high: float
+    bound_compute: float
+    bound_memory: float
+    device: str
+    hardware: str
+    calibrated: bool
+    requests: int
+
+    @property
+    def bound(self) -> float:
+        """The least time that the device's peaks allow."""
+        return max(self.bound_compute, self.bound_memory)
+
+
+@dataclass(frozen=True, slots=True)
+class OrderTried:
+    """A schedule order as it was simulated, on the whole job or on a part of it.
+
+    Attributes:
+        name: of the order.
+        seconds: expected.
+        steps: until the end.
+        prompt_computed: prompt rows run.
+        peak_pages: most KV pages taken at once.
+        evictions: shared prefixes dropped and computed again.
+    """
+
+    name: str
+    seconds: float
+    steps: int
+    prompt_computed: int
+    peak_pages: int
+    evictions: int
 
 
 @dataclass(frozen=True, slots=True)

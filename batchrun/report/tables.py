@@ -108,10 +108,7 @@ def print_plan(console: Console, plan: PlanFile, *, total_lines: int, faults: in
         previews: the first words of the own tokens of each of `plan.groups`.
     """
     title = f"Plan: {plural(plan.requests, 'request')} from {plural(total_lines, 'line')}"
-    if plan.expected_seconds is None:
-        time = _Row("", "not calibrated: how long it takes on this device is not known")
-    else:
-        time = _Row(duration(plan.expected_seconds), "expected")
+    time = _Row(duration(plan.expected.seconds), "expected")
     if faults:
         title += f", {faults:,} of them bad"
     _print(console, Text(title, style="bold yellow" if faults else "bold"))

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from batchrun.planning.cost import Work
+
 Int32 = npt.NDArray[np.int32]
 
 
@@ -78,6 +80,26 @@ class Step:
     @property
     def num_rows(self) -> int:
         return self.token_ids.size
+
+    @property
+    def work(self) -> Work:
+        """What the step computes, reads and writes, to be priced."""
+        reads, length = self.prefix_reads, self.length.astype(np.int64)
+        return Work(
+            steps=1,
+            rows=self.token_ids.size,
+            sampled=int(self.samples.sum()),
+            chunks=length.size,
+            reads=reads.level.size,
+            # A chunk's rows see their own tokens up to themselves.
+            pairs=int(
+                (reads.rows.astype(np.int64) * reads.length).sum()
+                + (length * self.start + length * (length + 1) // 2).sum()
+            ),
+            prefix_kv=int(reads.length.sum(dtype=np.int64)),
+            suffix_kv=int((self.start + length).sum()),
+            merges=int(reads.rows.sum(dtype=np.int64)),
+        )
 
 
 @dataclass(frozen=True, slots=True)

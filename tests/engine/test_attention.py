@@ -13,7 +13,7 @@ import torch
 from batchrun_kernels.reference import shared_prefix_attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import make_requests
+from oracles import DEAR_ROWS, make_requests
 
 from batchrun.engine import batch as batch_module
 from batchrun.engine.attention import batchrun_attention
@@ -26,10 +26,6 @@ from batchrun.prefix.forest import build_forest
 from batchrun.request import Requests
 from batchrun.schedule.scheduler import Scheduler
 from batchrun.schedule.step import Step, StepOutput
-from batchrun.specs import ModelSpec
-
-# Rows are dear and merges cheap, so that small jobs share on all levels.
-MODEL = ModelSpec("llama", 50, 4096, 16384, 1, 1, 1, 1, 4096, None, "float32")
 
 
 @dataclass
@@ -88,7 +84,7 @@ def steps_of(
     """The scheduler's steps for a job; `scattered` gives every page another number, so that none are neighbours."""
     budget = MemoryBudget(page_size=page_size, pages=pages, page_bytes=1, weight_bytes=0)
     options = PlanOptions(schedule_order="dfs", grouping="tree", step_tokens=step_tokens)
-    scheduler = Scheduler(make_plan(requests, build_forest(requests.tokens), MODEL, budget, options), requests)
+    scheduler = Scheduler(make_plan(requests, build_forest(requests.tokens), DEAR_ROWS, budget, options), requests)
     pages_at = np.random.default_rng(seed).permutation(pages).astype(np.int32) if scattered else np.arange(pages)
     steps = []
     while (step := scheduler.schedule()) is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import numpy as np
 import orjson
@@ -13,8 +12,10 @@ from batchrun.errors import OutputError, RunDirError
 from batchrun.formats.plan import PlanFile, read_plan, write_plan
 from batchrun.formats.report import StepWriter, encode_step, read_report, read_steps, write_report
 from batchrun.report.records import (
+    Estimate,
     GroupSummary,
     KvUse,
+    OrderTried,
     Report,
     RequestCounts,
     Seconds,
@@ -66,7 +67,8 @@ def a_plan() -> PlanFile:
         steps=12,
         step_tokens=256,
         kv=KvUse(16, 100, 42),
-        expected_seconds=None,
+        expected=Estimate(10.0, 8.0, 12.5, 6.0, 2.5, "cpu", "a processor", True, 480),
+        orders=(OrderTried("dfs", 10.0, 53, 4000, 90, 0), OrderTried("input", 12.5, 61, 9000, 99, 7)),
         model="demo",
         dtype="float32",
         fingerprint={"job": "sha256:aa", "seed": 0},
@@ -115,7 +117,8 @@ def test_a_plan_reads_back_equal(tmp_path):
     assert document["schema_version"] == 1
     assert document["groups"] == [{"id": 4, "prefix_tokens": 200, "requests": 8}]
     assert document["kv"] == {"page_size": 16, "pages": 100, "peak_pages": 42}
-    assert document["expected_seconds"] is None
+    assert document["expected"]["seconds"] == 10.0
+    assert [order["name"] for order in document["orders"]] == ["dfs", "input"]
 
 
 def test_plan_and_report_use_the_same_names(tmp_path):
@@ -272,10 +275,3 @@ def test_a_step_log_gives_back_what_was_appended():
     assert log.columns["rows"].tolist() == [record.rows for record in records]
     with pytest.raises(IndexError):
         log[100]
-
-
-def test_a_planned_step_has_no_seconds():
-    log = StepLog()
-    log.append(StepRecord(0, 1, 1, 0, 1, 1))
-    assert math.isnan(log[0].seconds)
-    assert np.isnan(log.columns["seconds"]).all()

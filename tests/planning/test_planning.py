@@ -8,22 +8,23 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import make_requests
+from oracles import DEVICE, make_requests
 
 from batchrun.errors import UsageError
 from batchrun.execution.loop import run_loop
 from batchrun.execution.simulate import SimulatedWorker
 from batchrun.intake import Intake
+from batchrun.planning.cost import CostModel
 from batchrun.planning.lengths import OutputLengths
 from batchrun.planning.memory import MemoryBudget, make_budget
 from batchrun.planning.order import ORDERS
-from batchrun.planning.planner import Plan, PlanOptions, fit_to_pool, make_plan, merge_cost, pages_needed
+from batchrun.planning.planner import Plan, PlanOptions, fit_to_pool, make_plan, pages_needed
 from batchrun.prefix.forest import build_forest
 from batchrun.prepare import plan_what_fits
 from batchrun.request import Endpoint, Requests, SamplingParams
 from batchrun.schedule.scheduler import Scheduler
 from batchrun.schedule.step import Step
-from batchrun.specs import DeviceSpec, ModelSpec
+from batchrun.specs import ModelSpec
 
 MODEL = ModelSpec(
     model_type="llama",
@@ -39,7 +40,7 @@ MODEL = ModelSpec(
     checkpoint_dtype="float32",
 )
 QUICK = settings(max_examples=40, deadline=None)
-DEVICE = DeviceSpec("cpu", memory_bytes=1 << 30, page_size=16, step_tokens=64)
+COST = CostModel(MODEL, DEVICE, "float32")
 
 
 def budget(pages: int, page_size: int = 4) -> MemoryBudget:
@@ -48,7 +49,7 @@ def budget(pages: int, page_size: int = 4) -> MemoryBudget:
 
 def plan_of(requests: Requests, order: str = "dfs", *, memory: MemoryBudget | None = None, **options) -> Plan:
     chosen = PlanOptions(**({"schedule_order": order, "grouping": "tree", "step_tokens": 64} | options))
-    return make_plan(requests, build_forest(requests.tokens), MODEL, memory or budget(1000), chosen)
+    return make_plan(requests, build_forest(requests.tokens), COST, memory or budget(1000), chosen)
 
 
 @st.composite
@@ -176,9 +177,8 @@ def test_an_unknown_policy_is_refused_with_those_there_are(option, word):
 
 def test_merging_costs_little_beside_computing_a_row():
     # 8 * 2 layers * 4 heads * 12 over 2 * (2 * (48 * 12 * 2 * 6 + 3 * 48 * 96)) operations.
-    assert merge_cost(MODEL) == pytest.approx(768 / 82944)
-    wide = dataclasses.replace(MODEL, intermediate_size=10 * MODEL.intermediate_size)
-    assert merge_cost(wide) < merge_cost(MODEL)
+    costs = COST.group_costs()
+    assert costs.merge / costs.row == pytest.approx(768 / 82944)
 
 
 @QUICK
@@ -215,7 +215,7 @@ def test_all_that_a_plan_keeps_can_run_to_its_limit_however_small_the_pool(
     before = requests.max_new_tokens.copy()
     intake = Intake(requests, defaulted, faults=[], silent=0, clipped=0)
     options = PlanOptions("dfs", "tree", step_tokens=8, first_guess=first_guess)
-    kept, plan, faults, clipped = plan_what_fits(intake, MODEL, budget(pages, page_size), options)
+    kept, _, plan, faults, clipped = plan_what_fits(intake, COST, budget(pages, page_size), options)
 
     assert sorted([*kept.line_numbers.tolist(), *(fault.number for fault in faults)]) == list(range(1, count + 1))
     assert all(fault.code == "context_length_exceeded" for fault in faults)

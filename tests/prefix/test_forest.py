@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchrun.prefix.forest import build_forest
-from batchrun.prefix.groups import choose_groups
+from batchrun.prefix.groups import GroupCosts, choose_groups
 from batchrun.tokens import TokenTable
 
 prompts_of_jobs = st.lists(
@@ -88,7 +88,7 @@ def test_groups_cover_each_prompt_once(prompts: list[list[int]], grouping: str, 
         tokens,
         grouping=grouping,
         expected_new_tokens=np.full(len(prompts), 3, np.int32),
-        merge_cost=merge_cost,
+        costs=GroupCosts(row=1.0, merge=merge_cost, kv_token=0.0, read=0.0),
     )
     if grouping == "none":
         assert len(groups) == 0
@@ -128,7 +128,7 @@ def test_free_merging_computes_the_fewest_rows(prompts: list[list[int]]) -> None
         tokens,
         grouping="tree",
         expected_new_tokens=np.ones(len(prompts), np.int32),
-        merge_cost=0.0,
+        costs=GroupCosts(row=1.0, merge=0.0, kv_token=0.0, read=0.0),
     )
     computed = int(groups.length.sum()) + sum(
         len(p) - int(d) for p, d in zip(prompts, groups.request_depth, strict=True)
@@ -145,7 +145,7 @@ def test_a_short_header_above_long_prefixes_is_not_worth_a_merge() -> None:
         tokens,
         grouping="tree",
         expected_new_tokens=np.full(64, 64, np.int32),
-        merge_cost=1 / 400,
+        costs=GroupCosts(row=1.0, merge=1 / 400, kv_token=0.0, read=0.0),
     )
     assert len(groups) == 4
     assert groups.length.tolist() == [204] * 4

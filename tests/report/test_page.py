@@ -215,8 +215,8 @@ def heights(html: str, colour: str) -> list[tuple[float, float]]:
 
 def test_columns_stand_on_each_other_in_proportion():
     log = StepLog()
-    log.append(StepRecord(0, 100, 0, 100, 0, 10))
-    log.append(StepRecord(1, 100, 25, 75, 25, 40))
+    log.append(StepRecord(0, 100, 0, 100, 0, 10, 0.5))
+    log.append(StepRecord(1, 100, 25, 75, 25, 40, 0.5))
     html = render_page(a_report(kv=KvUse(16, 80, 40)), log.columns)
     decode, prefill, pages = heights(html, "orange"), heights(html, "blue"), heights(html, "teal")
     floor = max(y for _, y in decode)

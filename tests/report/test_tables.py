@@ -15,8 +15,10 @@ from rich.console import Console
 
 from batchrun.formats.plan import PlanFile
 from batchrun.report.records import (
+    Estimate,
     GroupSummary,
     KvUse,
+    OrderTried,
     Report,
     RequestCounts,
     Seconds,
@@ -71,7 +73,8 @@ def a_plan(**changes) -> PlanFile:
         steps=1204,
         step_tokens=256,
         kv=KV,
-        expected_seconds=None,
+        expected=Estimate(10.0, 8.0, 12.5, 6.0, 2.5, "cpu", "a processor", True, 480),
+        orders=(OrderTried("dfs", 10.0, 53, 4000, 90, 0),),
         model="demo",
         dtype="float32",
         fingerprint={},
@@ -236,7 +239,13 @@ def test_a_plan_shows_its_figures_and_its_ten_largest_groups():
 
 
 def test_a_plan_of_a_calibrated_device_without_groups_or_bad_lines():
-    text = shown(print_plan, a_plan(expected_seconds=7500.0, groups=()), total_lines=480, faults=0, previews=[])
+    text = shown(
+        print_plan,
+        a_plan(expected=Estimate(7500.0, 7000.0, 8000.0, 1.0, 2.0, "cpu", "a processor", True, 480), groups=()),
+        total_lines=480,
+        faults=0,
+        previews=[],
+    )
     assert "2 h 5 min  expected" in text
     assert "bad" not in text
     assert "own part begins" not in text

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import ContextWorker, answer, make_requests
+from oracles import DEAR_ROWS, ContextWorker, answer, make_requests
 
 from batchrun.execution.simulate import SimulatedWorker
 from batchrun.planning.memory import MemoryBudget
@@ -16,16 +16,12 @@ from batchrun.prefix.forest import build_forest
 from batchrun.request import FinishReason, Requests
 from batchrun.schedule.pages import PagePool
 from batchrun.schedule.scheduler import Finished, Scheduler
-from batchrun.specs import ModelSpec
-
-# Rows are dear and merges cheap, so that small jobs share on all levels.
-MODEL = ModelSpec("llama", 50, 4096, 16384, 1, 1, 1, 1, 4096, None, "float32")
 
 
 def plan_of(requests: Requests, *, pages: int, page_size: int, **options: object) -> Plan:
     settings_of = {"schedule_order": "dfs", "grouping": "tree", "step_tokens": 16} | options
     budget = MemoryBudget(page_size=page_size, pages=pages, page_bytes=1, weight_bytes=0)
-    return make_plan(requests, build_forest(requests.tokens), MODEL, budget, PlanOptions(**settings_of))  # type: ignore[arg-type]
+    return make_plan(requests, build_forest(requests.tokens), DEAR_ROWS, budget, PlanOptions(**settings_of))  # type: ignore[arg-type]
 
 
 def run(plan: Plan, requests: Requests, worker: ContextWorker | SimulatedWorker) -> tuple[Scheduler, list[Finished]]:
