@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from time import perf_counter
 
 import numpy as np
+import numpy.typing as npt
 
 from batchrun.config import COMPLETIONS_MAX_TOKENS, RunConfig
 from batchrun.execution.loop import run_loop
@@ -32,8 +33,12 @@ from batchrun.report.records import (
 )
 from batchrun.request import JobLine, LineFault, Requests
 from batchrun.schedule.scheduler import Scheduler
+from batchrun.schedule.step import Step, StepOutput
 from batchrun.subject import Fingerprint, Subject
 from batchrun.tokenizer import Tokenizer, load_tokenizer
+
+
+Int32 = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,11 +145,14 @@ class Simulated:
     Attributes:
         log: its steps, with the seconds expected.
         work: of all of them.
+        first_step, last_step: int32 `[R]`, the steps in which each request first and last had rows.
     """
 
     log: StepLog
     scheduler: Scheduler
     work: Work
+    first_step: Int32
+    last_step: Int32
 
 
 def simulate(prepared: Prepared) -> Simulated:
@@ -157,9 +165,16 @@ def simulate(prepared: Prepared) -> Simulated:
         work += done
         return cost.seconds(done)
 
+    first, last = (np.full(len(prepared.requests), -1, dtype=np.int32) for _ in range(2))
+
+    def on_step(step: Step, output: StepOutput) -> None:
+        requests = step.request[step.request >= 0]
+        first[requests[first[requests] < 0]] = step.index
+        last[requests] = step.index
+
     scheduler = Scheduler(plan, prepared.requests)
-    end = run_loop(scheduler, SimulatedWorker(plan.expected_new_tokens, price))
-    return Simulated(end.log, scheduler, work)
+    end = run_loop(scheduler, SimulatedWorker(plan.expected_new_tokens, price), on_step=on_step)
+    return Simulated(end.log, scheduler, work, first, last)
 
 
 def plan_file(prepared: Prepared, simulated: Simulated, subject: Subject, fingerprint: Fingerprint) -> PlanFile:

@@ -75,7 +75,7 @@ def make_plan(
     ):
         if name not in known:
             raise UsageError(f"there is no {flag} {name!r}", hint=f"choose one of: {', '.join(known)}")
-    expected = OutputLengths(requests, options.first_guess).expected()
+    expected = OutputLengths(requests, first_guess=options.first_guess).expected()
     groups = choose_groups(
         forest,
         requests.tokens,
@@ -84,7 +84,7 @@ def make_plan(
         costs=cost.group_costs(),
     )
     # No more pages than the job can ever use: the pool then does not depend on what memory happens to be free.
-    budget = replace(budget, pages=min(budget.pages, _most_pages(groups, requests, budget, options.step_tokens)))
+    budget = replace(budget, pages=min(budget.pages, _most_pages(groups, requests, budget)))
     prompt = requests.tokens.lengths.astype(np.int32)
     order = ORDERS[options.schedule_order](forest, groups, prompt, expected, options.seed)
     return Plan(
@@ -99,11 +99,10 @@ def make_plan(
     )
 
 
-def _most_pages(groups: PrefixGroups, requests: Requests, budget: MemoryBudget, step_tokens: int) -> int:
-    """Pages that are taken when all prefixes are held and as many requests as a step has rows run to their limits."""
+def _most_pages(groups: PrefixGroups, requests: Requests, budget: MemoryBudget) -> int:
+    """Pages that are taken when all prefixes are held and all requests run to their limits."""
     own = -(-(requests.tokens.lengths - groups.request_depth + requests.max_new_tokens - 1) // budget.page_size)
-    most = np.sort(own)[::-1][:step_tokens]
-    return int(most.sum() + (-(-groups.length // budget.page_size)).sum())
+    return int(own.sum() + (-(-groups.length // budget.page_size)).sum())
 
 
 def pages_needed(groups: PrefixGroups, requests: Requests, budget: MemoryBudget) -> npt.NDArray[np.int64]:

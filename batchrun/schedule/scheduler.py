@@ -2,13 +2,15 @@
 
 It knows no phases. Every step takes each sequence that has one token left to compute (those that decode), then fills
 up with the tokens of others, in the order of their admission. What limits how many requests are under way is KV
-memory and the rows that a step can use, not a number of requests (BatchLLM, arXiv 2412.03594, section 4.3).
+memory, not a number of requests (memory-centric token batching; BatchLLM, arXiv 2412.03594, section 4.3): a request is
+admitted when a step has rows for it and the pages booked in no coming step exceed the pool with it (`PageLedger`).
 """
 
 from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,12 +18,17 @@ import numpy.typing as npt
 from batchrun.planning.lengths import OutputLengths
 from batchrun.planning.planner import Plan
 from batchrun.request import FinishReason, Requests
+from batchrun.schedule.ledger import PageLedger
 from batchrun.schedule.pages import PagePool
 from batchrun.schedule.sequence import Sequences
 from batchrun.schedule.step import PrefixReads, Step, StepOutput
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
+_AHEAD = 64
+_NO_INTS = np.empty(0, dtype=np.int32)
+
+Bool = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +72,14 @@ class Counters:
     idle_rows: int = 0
 
 
+class _Booking(NamedTuple):
+    """What is booked for a request: see `Sequences.until`, `held` and `growth`."""
+
+    until: int
+    held: int
+    growth: int
+
+
 class Scheduler:
     """Turns a plan into steps. `schedule()` gives the next step, `update()` takes what it brought.
 
@@ -75,23 +90,26 @@ class Scheduler:
         self.pool = PagePool(plan.budget.pages)
         self.counters = Counters()
         self.sequences = Sequences()
-        self.lengths = OutputLengths(requests, plan.options.first_guess)
+        self.lengths = OutputLengths(requests, plan.groups, plan.options.first_guess)
         self._plan = plan
         self._requests = requests
         self._page_size = plan.budget.page_size
         self._step_tokens = plan.options.step_tokens
+        self._ledger = PageLedger(plan.budget.page_size)
         self._steps = 0
 
         groups = plan.groups
         self._slot_of_group = np.full(len(groups), -1, dtype=np.int32)
+        self._level_of_group = (groups.path >= 0).sum(axis=1) - 1 if len(groups) else np.empty(0, dtype=np.int64)
         self._to_come = groups.requests.copy()  # requests of each group that are not finished
 
         self._next = 0  # place in plan.order
+        self._ahead: list[int] = []  # expected lengths of the requests in plan.order from this place on
+        self._ahead_from = 0
         self._preempted: deque[int] = deque()  # slots, to be admitted again before any new request
         self._advancing = np.empty(0, dtype=np.int32)  # slots with something to compute, in order of admission
-        self._pages: dict[int, list[npt.NDArray[np.int32]]] = {}
         self._releases: list[int] = []
-        self._grants: list[tuple[int, npt.NDArray[np.int32]]] = []
+        self._grants: list[tuple[Int32, Int32]] = []  # sequences, pages
 
     @property
     def num_waiting(self) -> int:
@@ -110,7 +128,7 @@ class Scheduler:
             slots, length = self._fill()
         return self._make_step(slots, length)
 
-    def update(self, step: Step, output: StepOutput, stopped: npt.NDArray[np.bool_] | None = None) -> list[Finished]:
+    def update(self, step: Step, output: StepOutput, stopped: Bool | None = None) -> list[Finished]:
         """Take the outcome of a step.
 
         Args:
@@ -129,100 +147,120 @@ class Scheduler:
         seqs.append_sampled(slots, token_ids)
         self.counters.sampled += slots.size
         done = stops | (seqs.num_sampled[slots] >= seqs.max_new_tokens[slots])
-        seqs.num_tokens[slots[~done]] += 1
+        goes_on = slots[~done]
+        seqs.num_tokens[goes_on] += 1
         # Nothing left to compute: requests that are done, and prefixes that are complete.
         left = seqs.num_tokens[self._advancing] - seqs.num_computed[self._advancing]
         self._advancing = self._advancing[left > 0]
 
-        finished = [
-            self._finish(slot, FinishReason.STOP if stop else FinishReason.LENGTH, by_token)
-            for slot, stop, by_token in zip(
-                slots[done].tolist(), stops[done].tolist(), ended[done].tolist(), strict=True
-            )
-        ]
+        finished = self._finish(slots[done], stops[done], ended[done])
         if finished:
             self.lengths.observe(
                 np.array([f.request for f in finished], dtype=np.int32),
                 np.array([f.token_ids.size for f in finished], dtype=np.int32),
             )
+            self._ahead = []
+        outgrown = goes_on[seqs.until[goes_on] <= self._steps]
+        if outgrown.size:
+            self._book_longer(outgrown)
         return finished
 
     # Admission ------------------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        """Let requests in while their expected KV, and that of all under way, fits; alone, anything may run."""
+        """Let requests in while the step has rows for them and, grown to their expected lengths, all under way fits
+        into the pool in every coming step; alone, anything may run."""
         if not self.num_waiting:
             return
-        room = self._room()
-        under_way = self._under_way().size
-        while self.num_waiting and under_way < self._step_tokens:
-            request = self._peek()
-            pages, missing = self._pages_to_finish(request)
-            if pages > room and under_way:
+        seqs = self.sequences
+        left = seqs.num_tokens[self._advancing] - seqs.num_computed[self._advancing]
+        decodes = self._decodes(self._advancing, left)
+        under_way = int((seqs.request[self._advancing] >= 0).sum())
+        room = self._step_tokens - int(decodes.sum()) - int(left[~decodes].sum())
+        entering: list[int] = []
+        while room > 0 and self.num_waiting:
+            request, slot = self._peek()
+            path = self._path(int(self._plan.groups.request_group[request]))
+            missing = [group for group in path if self._slot_of_group[group] < 0]
+            rows = self._own_tokens(request, slot) + int(self._plan.groups.length[missing].sum())
+            # Rows of this step that come before are taken already; the steps after this one have at least so many.
+            steps = 1 + -(-max(rows - room, 0) // max(self._step_tokens - under_way - 1, 1))
+            booking = self._book(request, slot, path, steps, must_fit=under_way > 0)
+            if booking is None:
                 break
-            self._let_in(request, missing)
-            room -= pages
+            entering += self._let_in(request, slot, path, missing, booking)
+            room -= rows
             under_way += 1
+        if entering:
+            self._advancing = np.concatenate((self._advancing, np.array(entering, dtype=np.int32)))
 
-    def _under_way(self) -> Int32:
-        """Slots of requests under way."""
-        return self._advancing[self.sequences.request[self._advancing] >= 0]
-
-    def _room(self) -> int:
-        """Pages left when everything under way has grown to its expected length; idle prefixes count as free."""
-        seqs = self.sequences
-        slots = self._under_way()
-        new = np.maximum(self.lengths.expected(seqs.request[slots]), seqs.num_sampled[slots] + 1)
-        own = seqs.num_prompt[slots] + np.minimum(new, seqs.max_new_tokens[slots]) - 1
-        resident = self._slot_of_group[self._slot_of_group >= 0]
-        resident = resident[(seqs.readers[resident] > 0) | (seqs.num_computed[resident] < seqs.num_tokens[resident])]
-        reserved = (-(-own // self._page_size)).sum() + (-(-seqs.num_tokens[resident] // self._page_size)).sum()
-        return self.pool.size - int(reserved)
-
-    def _peek(self) -> int:
-        """The request to admit next."""
+    def _peek(self) -> tuple[int, int]:
+        """The request to admit next, and its slot if it was under way before, else -1."""
         if self._preempted:
-            return int(self.sequences.request[self._preempted[0]])
-        return int(self._plan.order[self._next])
+            slot = self._preempted[0]
+            return int(self.sequences.request[slot]), slot
+        return int(self._plan.order[self._next]), -1
 
-    def _pages_to_finish(self, request: int) -> tuple[int, list[int]]:
-        """Pages that admitting a request would take at its expected length, and the groups that have to be computed
-        (or woken: idle ones count, since they were counted as free)."""
-        groups = self._plan.groups
-        new = int(self.lengths.expected(np.array([request], dtype=np.int32))[0])
+    def _expected_next(self) -> int:
+        """Expected length of the answer of the request to admit next; those of many are found at once."""
         if self._preempted:
-            new = max(new, int(self.sequences.num_sampled[self._preempted[0]]) + 1)
-        new = min(new, int(self._requests.max_new_tokens[request]))
-        prompt = self._requests.tokens.span(request).length - int(groups.request_depth[request])
-        pages = -(-(prompt + new - 1) // self._page_size)
-        missing = []
-        for group in self._path(int(groups.request_group[request])):
-            slot = int(self._slot_of_group[group])
-            if slot < 0:
-                missing.append(group)
-            if slot < 0 or self._idle(slot):
-                pages += -(-int(groups.length[group]) // self._page_size)
-        return pages, missing
+            return int(self.lengths.expected(self.sequences.request[[self._preempted[0]]])[0])
+        if not 0 <= self._next - self._ahead_from < len(self._ahead):
+            self._ahead = self.lengths.expected(self._plan.order[self._next : self._next + _AHEAD]).tolist()
+            self._ahead_from = self._next
+        return self._ahead[self._next - self._ahead_from]
 
-    def _idle(self, slot: int) -> bool:
-        """Whether a prefix is computed and no request under way reads it."""
-        seqs = self.sequences
-        return seqs.readers[slot] == 0 and seqs.num_computed[slot] == seqs.num_tokens[slot]
+    def _own_tokens(self, request: int, slot: int) -> int:
+        """Tokens that a request to be admitted has to compute: those of its prompt, and those it has sampled."""
+        if slot >= 0:
+            return int(self.sequences.num_tokens[slot])
+        return self._requests.tokens.span(request).length - int(self._plan.groups.request_depth[request])
 
-    def _path(self, group: int) -> list[int]:
-        """The groups from the root down to `group`; empty for -1."""
-        if group < 0:
-            return []
-        path = self._plan.groups.path[group]
-        return path[path >= 0].tolist()
+    def _book(self, request: int, slot: int, path: list[int], steps: int, *, must_fit: bool) -> _Booking | None:
+        """Book the pages of a request, and of the prefixes that it reads, up to its expected end.
 
-    def _let_in(self, request: int, missing: list[int]) -> None:
+        Args:
+            steps: in which its prompt is computed. More than one is not known for certain, so that all pages that it
+                will hold are booked from the start.
+            must_fit: whether to book nothing and return None if the pool would not do.
+        """
+        tokens = self._own_tokens(request, slot)
+        sampled = int(self.sequences.num_sampled[slot]) if slot >= 0 else 0
+        left = max(self._expected_next() - sampled, 1)  # steps that sample
+        now, ledger = self._steps, self._ledger
+        stop = now + steps - 1 + left
+        held = -(-(tokens + left - 1) // self._page_size) if steps > 1 else 0
+        prefixes = [
+            (group, self._booked_until(group), -(-int(self._plan.groups.length[group]) // self._page_size))
+            for group in path
+        ]
+
+        def book(sign: int) -> None:
+            if held:
+                ledger.book(now, stop, sign * held)
+            else:
+                ledger.book_growing(now, stop, tokens, sign)
+            for _, until, pages in prefixes:
+                ledger.book(until, stop, sign * pages)
+
+        book(1)
+        if must_fit and ledger.peak(now, stop) > self.pool.size:
+            book(-1)
+            return None
+        return _Booking(stop, held, tokens - now)
+
+    def _booked_until(self, group: int) -> int:
+        """The step before which a group's pages are booked, this one where they are not."""
+        slot = int(self._slot_of_group[group])
+        return max(int(self.sequences.until[slot]), self._steps) if slot >= 0 else self._steps
+
+    def _let_in(self, request: int, slot: int, path: list[int], missing: list[int], booking: _Booking) -> list[int]:
+        """Make a request that is booked, and the prefixes that are not there, advance; returns their slots."""
         groups, seqs = self._plan.groups, self.sequences
         entering = []
         for group in missing:
-            slot = seqs.add(
+            prefix = seqs.add(
                 token_start=int(groups.start[group]),
-                request=-1,
                 group=group,
                 parent=int(groups.parent[group]),
                 rank=int(groups.rank[group]),
@@ -230,12 +268,10 @@ class Scheduler:
                 num_prompt=int(groups.length[group]),
                 num_tokens=int(groups.length[group]),
             )
-            self._slot_of_group[group] = slot
-            self._pages[slot] = []
-            entering.append(slot)
-        group = int(groups.request_group[request])
-        if self._preempted:
-            slot = self._preempted.popleft()
+            self._slot_of_group[group] = prefix
+            entering.append(prefix)
+        if slot >= 0:
+            self._preempted.popleft()
             seqs.stamp(slot)
         else:
             self._next += 1
@@ -244,32 +280,114 @@ class Scheduler:
             slot = seqs.add(
                 token_start=span.start + depth,
                 request=request,
-                group=-1,
-                parent=group,
+                parent=int(groups.request_group[request]),
                 rank=int(groups.request_rank[request]),
                 depth=depth,
                 num_prompt=span.length - depth,
                 num_tokens=span.length - depth,
                 max_new_tokens=int(self._requests.max_new_tokens[request]),
             )
-        self._pages[slot] = []
         entering.append(slot)
-        seqs.readers[self._slot_of_group[self._path(group)]] += 1
-        self._advancing = np.concatenate((self._advancing, np.array(entering, dtype=np.int32)))
+        self._note(slot, booking)
+        prefixes = self._slot_of_group[path]
+        seqs.readers[prefixes] += 1
+        seqs.until[prefixes] = np.maximum(seqs.until[prefixes], booking.until)
+        return entering
+
+    def _path(self, group: int) -> list[int]:
+        """The groups from the root down to `group`; empty for -1."""
+        if group < 0:
+            return []
+        path = self._plan.groups.path[group]
+        return path[path >= 0].tolist()
+
+    def _under_way(self) -> Int32:
+        """Slots of requests under way."""
+        return self._advancing[self.sequences.request[self._advancing] >= 0]
+
+    # Booking ----------------------------------------------------------------------------------------------------
+
+    def _unbook(self, slot: int) -> None:
+        """Take back what is booked for a request from now on. Its prefixes are booked on as far as others read them."""
+        seqs, now = self.sequences, self._steps
+        until = int(seqs.until[slot])
+        if seqs.held[slot]:
+            self._ledger.book(now, until, -int(seqs.held[slot]))
+        else:
+            self._ledger.book_growing(now, until, now + int(seqs.growth[slot]), -1)
+        seqs.until[slot] = now
+        if until <= now:
+            return
+        for group in self._path(int(seqs.parent[slot])):
+            prefix = int(self._slot_of_group[group])
+            if seqs.until[prefix] == until:
+                self._book_prefix(group, prefix, max(self._last_end(group), now))
+
+    def _book_prefix(self, group: int, prefix: int, until: int) -> None:
+        """Book a prefix up to `until` in place of what is booked for it."""
+        pages = -(-int(self._plan.groups.length[group]) // self._page_size)
+        booked = max(int(self.sequences.until[prefix]), self._steps)
+        if until > booked:
+            self._ledger.book(booked, until, pages)
+        else:
+            self._ledger.book(until, booked, -pages)
+        self.sequences.until[prefix] = until
+
+    def _last_end(self, group: int) -> int:
+        """The step before which the last of a group's readers under way is booked, or -1."""
+        seqs = self.sequences
+        slots = self._under_way()
+        slots = slots[seqs.parent[slots] >= 0]
+        reads = self._plan.groups.path[seqs.parent[slots], self._level_of_group[group]] == group
+        return int(seqs.until[slots[reads]].max(initial=-1))
+
+    def _note(self, slot: int, booking: _Booking) -> None:
+        seqs = self.sequences
+        seqs.until[slot], seqs.held[slot], seqs.growth[slot] = booking
+
+    def _book_on(self, slot: int, left: int) -> None:
+        """Book a request that decodes, or begins to, for `left` steps from this one, and its prefixes with it."""
+        seqs, now = self.sequences, self._steps
+        tokens, until = int(seqs.num_tokens[slot]), now + left
+        self._ledger.book_growing(now, until, tokens)
+        self._note(slot, _Booking(until, 0, tokens - now))
+        for group in self._path(int(seqs.parent[slot])):
+            prefix = int(self._slot_of_group[group])
+            if seqs.until[prefix] < until:
+                self._book_prefix(group, prefix, until)
+
+    def _book_longer(self, slots: Int32) -> None:
+        """Book requests that have outgrown what was expected of them, each for what is expected now."""
+        seqs = self.sequences
+        sampled = seqs.num_sampled[slots]
+        more = self.lengths.longer(seqs.request[slots], sampled) - sampled
+        for slot, left in zip(slots.tolist(), more.tolist(), strict=True):
+            self._book_on(slot, left)
+
+    def _book_growing(self, slots: Int32) -> None:
+        """Requests whose prompts are complete with the step being made: from now on they are known to grow."""
+        left = np.maximum(self.lengths.expected(self.sequences.request[slots]) - self.sequences.num_sampled[slots], 1)
+        for slot, steps in zip(slots.tolist(), left.tolist(), strict=True):
+            self._unbook(slot)
+            self._book_on(slot, steps)
 
     # Filling a step ---------------------------------------------------------------------------------------------
+
+    def _decodes(self, slots: Int32, left: Int64) -> Bool:
+        """Which sequences decode: they have sampled, and one token is left to compute."""
+        return (left == 1) & (self.sequences.num_sampled[slots] > 0)
 
     def _fill(self) -> tuple[Int32, Int32]:
         """The sequences that advance in the next step and by how much, int32 `[C]` each.
 
-        Those with one token left first (a decode is one of them), then the others in the order of admission until
-        the step is full. A prefix precedes its readers there, so a reader gets rows only where its prefixes are
-        complete by the end of the same step: the KV of all rows of a layer is stored before any row attends.
+        All that decode, then the others in the order of admission until the step is full. A prefix precedes its
+        readers there, so a reader gets rows only where its prefixes are complete by the end of the same step: the KV
+        of all rows of a layer is stored before any row attends.
         """
         seqs = self.sequences
         slots = self._advancing
         left = seqs.num_tokens[slots] - seqs.num_computed[slots]
-        decodes = (left == 1) & (seqs.num_sampled[slots] > 0)
+        decodes = self._decodes(slots, left)
         room = max(self._step_tokens - int(decodes.sum()), 0)
         others = np.where(decodes, 0, left)
         length = np.clip(room - (np.cumsum(others) - others), 0, others)
@@ -283,20 +401,23 @@ class Scheduler:
         # A prefix gets all its pages at once, so that they are neighbours.
         reach = np.where(seqs.request[slots] < 0, seqs.num_tokens[slots], seqs.num_computed[slots] + length)
         needed = -(-reach // self._page_size) - seqs.num_pages[slots]
-        short = int(needed[needed > 0].sum()) - self.pool.num_free
-        if short > 0:
-            self._reclaim(slots)
+        if int(needed[needed > 0].sum()) > self.pool.num_free:
+            self._reclaim()
             return False
-        for i in np.flatnonzero(needed > 0).tolist():
+        for i in np.flatnonzero(needed > 1).tolist():
             slot, count = int(slots[i]), int(needed[i])
-            held = self._pages[slot]
-            pages = self.pool.take(count, after=int(held[-1][-1]) if held else -1)
-            held.append(pages)
-            self._grants.append((slot, pages))
-            seqs.num_pages[slot] += count
+            pages = self.pool.take(slot, count, after=int(seqs.last_page[slot]))
+            self._grants.append((np.full(count, slot, dtype=np.int32), pages))
+            seqs.last_page[slot] = pages[-1]
+        singles = slots[needed == 1]
+        if singles.size:
+            pages = self.pool.take_one_each(singles, seqs.last_page[singles])
+            self._grants.append((singles, pages))
+            seqs.last_page[singles] = pages
+        seqs.num_pages[slots] += np.maximum(needed, 0)
         return True
 
-    def _reclaim(self, slots: Int32) -> None:
+    def _reclaim(self) -> None:
         """Take pages back: from an idle prefix if there is one, else from the request that loses least."""
         seqs = self.sequences
         resident = self._slot_of_group[self._slot_of_group >= 0]
@@ -317,9 +438,8 @@ class Scheduler:
     def _evict(self, slot: int) -> None:
         """Give back the pages of a prefix that nobody reads at the moment; it is computed again when needed."""
         self.counters.prefix_evictions += 1
-        self.counters.recomputed += int(self.sequences.num_computed[slot])
+        self._again(slot)
         self._slot_of_group[self.sequences.group[slot]] = -1
-        self._advancing = self._advancing[self._advancing != slot]
         self._release(slot)
         self.sequences.remove(slot)
 
@@ -327,43 +447,58 @@ class Scheduler:
         """Give back the pages of a request under way; it waits, keeps what it sampled, and is computed again."""
         seqs = self.sequences
         self.counters.preemptions += 1
-        self.counters.recomputed += int(seqs.num_computed[slot])
+        self._again(slot)
         seqs.num_computed[slot] = 0
-        self._advancing = self._advancing[self._advancing != slot]
         self._release(slot)
         seqs.readers[self._slot_of_group[self._path(int(seqs.parent[slot]))]] -= 1
+        self._unbook(slot)
         self._preempted.appendleft(slot)
+        self.lengths.widen()
 
-    def _finish(self, slot: int, reason: FinishReason, ended: bool) -> Finished:
+    def _again(self, slot: int) -> None:
+        """A sequence stops advancing, and what it has computed will be computed a second time."""
+        self.counters.recomputed += int(self.sequences.num_computed[slot])
+        self._advancing = self._advancing[self._advancing != slot]
+
+    def _finish(self, slots: Int32, stops: Bool, ended: Bool) -> list[Finished]:
+        """Requests that have their answers leave; so do prefixes that none will read."""
         seqs = self.sequences
-        request = int(seqs.request[slot])
-        done = Finished(
-            request=request,
-            token_ids=seqs.sampled[slot, : seqs.num_sampled[slot]].copy(),
-            reason=reason,
-            ended=ended,
-            cached_tokens=int(seqs.depth[slot]),
-        )
-        path = self._path(int(seqs.parent[slot]))
-        self._release(slot)
-        seqs.remove(slot)
-        self._to_come[path] -= 1
-        seqs.readers[self._slot_of_group[path]] -= 1
-        for group in path:
-            if self._to_come[group] == 0:
-                prefix = int(self._slot_of_group[group])
-                self._slot_of_group[group] = -1
-                self._release(prefix)
-                seqs.remove(prefix)
-        return done
+        if not slots.size:
+            return []
+        finished = []
+        for slot, stop, by_token in zip(slots.tolist(), stops.tolist(), ended.tolist(), strict=True):
+            finished.append(
+                Finished(
+                    request=int(seqs.request[slot]),
+                    token_ids=seqs.sampled[slot, : seqs.num_sampled[slot]].copy(),
+                    reason=FinishReason.STOP if stop else FinishReason.LENGTH,
+                    ended=by_token,
+                    cached_tokens=int(seqs.depth[slot]),
+                )
+            )
+            path = self._path(int(seqs.parent[slot]))
+            prefixes = self._slot_of_group[path]
+            self._to_come[path] -= 1
+            seqs.readers[prefixes] -= 1
+            self._unbook(slot)
+            self._release(slot)
+            seqs.remove(slot)
+            for group, prefix in zip(path, prefixes.tolist(), strict=True):
+                if self._to_come[group] == 0:
+                    self._book_prefix(group, prefix, self._steps)
+                    self._slot_of_group[group] = -1
+                    self._release(prefix)
+                    seqs.remove(prefix)
+        return finished
 
     def _release(self, slot: int) -> None:
-        """Return the pages of a slot to the pool; workers learn of it with the next step."""
-        pages = self._pages.pop(slot)
-        if pages:
-            self.pool.give_back(np.concatenate(pages))
+        """Return the pages of a sequence to the pool; workers learn of it with the next step."""
+        seqs = self.sequences
+        if seqs.num_pages[slot]:
+            self.pool.release(slot)
             self._releases.append(slot)
-        self.sequences.num_pages[slot] = 0
+        seqs.num_pages[slot] = 0
+        seqs.last_page[slot] = -1
 
     # Making a step ----------------------------------------------------------------------------------------------
 
@@ -371,8 +506,8 @@ class Scheduler:
         seqs = self.sequences
         by_rank = np.argsort(seqs.rank[slots])
         slots, length = slots[by_rank], length[by_rank]
-        start = seqs.num_computed[slots]
-        request = seqs.request[slots]
+        start = seqs.num_computed[slots].astype(np.int32)
+        request = seqs.request[slots].astype(np.int32)
         stop = start + length
         step = Step(
             index=self._steps,
@@ -380,19 +515,19 @@ class Scheduler:
             request=request,
             start=start,
             length=length,
-            depth=seqs.depth[slots],
+            depth=seqs.depth[slots].astype(np.int32),
             samples=(request >= 0) & (stop == seqs.num_tokens[slots]),
-            num_sampled=seqs.num_sampled[slots],
+            num_sampled=seqs.num_sampled[slots].astype(np.int32),
             token_ids=self._token_ids(slots, start, length),
             prefix_reads=self._prefix_reads(slots, length),
             releases=np.array(self._releases, dtype=np.int32),
-            grant_sequence=np.repeat(
-                np.array([slot for slot, _ in self._grants], dtype=np.int32), [p.size for _, p in self._grants]
-            ),
-            grant_page=np.concatenate([np.empty(0, dtype=np.int32), *(pages for _, pages in self._grants)]),
+            grant_sequence=np.concatenate([_NO_INTS, *(owners for owners, _ in self._grants)]),
+            grant_page=np.concatenate([_NO_INTS, *(pages for _, pages in self._grants)]),
         )
-        prompt_rows = np.clip(seqs.num_prompt[slots] - start, 0, length)
-        self.counters.prompt_computed += int(prompt_rows.sum())
+        complete = (seqs.held[slots] > 0) & step.samples
+        if complete.any():
+            self._book_growing(slots[complete])
+        self.counters.prompt_computed += int(np.clip(seqs.num_prompt[slots] - start, 0, length).sum())
         seqs.num_computed[slots] = stop
         self._steps += 1
         self._releases, self._grants = [], []
@@ -421,7 +556,8 @@ class Scheduler:
             group = np.where(reads > 0, group, -1)
             if not (group >= 0).any():
                 continue
-            edge = np.flatnonzero(np.diff(group, prepend=-2) | np.diff(reads, prepend=-1))
+            changes = (group[1:] != group[:-1]) | (reads[1:] != reads[:-1])
+            edge = np.concatenate(([0], np.flatnonzero(changes) + 1))
             last = np.append(edge[1:], slots.size) - 1
             rows = first_row[last] + length[last] - first_row[edge]
             real = group[edge] >= 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 
 _FIRST_SLOTS = 64
@@ -20,16 +22,19 @@ class Sequences:
         parent: the deepest group it reads, or -1.
         rank: place in forest order.
         depth: tokens of groups before its own first token.
-        token_start: where its own tokens begin in `TokenTable.ids`.
         num_prompt: own tokens that come from the table.
         num_tokens: own tokens known so far, sampled ones included.
         num_computed: own tokens whose KV is computed, or will be by the steps under way.
         num_sampled: tokens sampled.
         max_new_tokens: 0 for a shared prefix.
-        expected_new: tokens it is expected to sample.
         num_pages: pages held.
-        admitted: number of its admission; smaller is older.
+        last_page: the page taken last, or -1.
         readers: requests under way that read it (shared prefixes only).
+        until: the step before which its pages are booked.
+        growth: what to add to a step's number for the tokens booked in it, where it is booked as one that grows.
+        held: pages booked in each step where it is booked as one that holds all it needs from the start, else 0.
+        token_start: where its own tokens begin in `TokenTable.ids`.
+        admitted: number of its admission; smaller is older.
         sampled: int32 `[slots, *]`, the sampled tokens.
     """
 
@@ -44,19 +49,16 @@ class Sequences:
         "num_computed",
         "num_sampled",
         "max_new_tokens",
-        "expected_new",
         "num_pages",
+        "last_page",
         "readers",
+        "until",
+        "growth",
+        "held",
+        "token_start",
+        "admitted",
     )
-
-    def __init__(self) -> None:
-        for name in self._COLUMNS:
-            setattr(self, name, np.zeros(_FIRST_SLOTS, dtype=np.int32))
-        self.token_start = np.zeros(_FIRST_SLOTS, dtype=np.int64)
-        self.admitted = np.zeros(_FIRST_SLOTS, dtype=np.int64)
-        self.sampled = np.zeros((_FIRST_SLOTS, 16), dtype=np.int32)
-        self._vacant = list(range(_FIRST_SLOTS - 1, -1, -1))
-        self._admissions = 0
+    _NOT_ZERO: ClassVar = {"request": -1, "group": -1, "parent": -1, "last_page": -1}
 
     request: np.ndarray
     group: np.ndarray
@@ -68,18 +70,34 @@ class Sequences:
     num_computed: np.ndarray
     num_sampled: np.ndarray
     max_new_tokens: np.ndarray
-    expected_new: np.ndarray
     num_pages: np.ndarray
+    last_page: np.ndarray
     readers: np.ndarray
+    until: np.ndarray
+    growth: np.ndarray
+    held: np.ndarray
+    token_start: np.ndarray
+    admitted: np.ndarray
 
-    def add(self, *, token_start: int, **columns: int) -> int:
-        """Put a new sequence into a vacant slot; columns not given are 0. Returns the slot."""
+    def __init__(self) -> None:
+        self._blank = np.array([self._NOT_ZERO.get(name, 0) for name in self._COLUMNS], dtype=np.int64)
+        self._place = {name: at for at, name in enumerate(self._COLUMNS)}
+        self._table = np.zeros((len(self._COLUMNS), 0), dtype=np.int64)
+        self.sampled = np.zeros((0, 16), dtype=np.int32)
+        self._vacant: list[int] = []
+        self._admissions = 0
+        self._grow(_FIRST_SLOTS)
+
+    def add(self, **columns: int) -> int:
+        """Put a new sequence into a vacant slot; columns not given are 0, or -1 where they name something. Returns the
+        slot."""
         if not self._vacant:
-            self._grow()
+            self._grow(2 * self.request.size)
         slot = self._vacant.pop()
-        for name in self._COLUMNS:
-            getattr(self, name)[slot] = columns.get(name, 0)
-        self.token_start[slot] = token_start
+        entry = self._blank.copy()
+        for name, value in columns.items():
+            entry[self._place[name]] = value
+        self._table[:, slot] = entry
         self.stamp(slot)
         return slot
 
@@ -101,9 +119,10 @@ class Sequences:
         self.sampled[slots, at] = token_ids
         self.num_sampled[slots] += 1
 
-    def _grow(self) -> None:
-        size = self.request.size
-        for name in (*self._COLUMNS, "token_start", "admitted", "sampled"):
-            column = getattr(self, name)
-            setattr(self, name, np.concatenate((column, np.zeros_like(column))))
-        self._vacant.extend(range(2 * size - 1, size - 1, -1))
+    def _grow(self, size: int) -> None:
+        old = self._table.shape[1]
+        self._table = np.concatenate((self._table, np.zeros((len(self._COLUMNS), size - old), dtype=np.int64)), axis=1)
+        for name, column in zip(self._COLUMNS, self._table, strict=True):
+            setattr(self, name, column)
+        self.sampled = np.concatenate((self.sampled, np.zeros((size - old, self.sampled.shape[1]), dtype=np.int32)))
+        self._vacant.extend(range(size - 1, old - 1, -1))

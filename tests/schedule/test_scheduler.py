@@ -138,15 +138,36 @@ def test_orders_that_scatter_readers_evict_prefixes_and_still_finish(order: str)
     assert scheduler.counters.prefix_evictions > 0
 
 
-def test_answers_longer_than_expected_preempt_and_are_not_lost() -> None:
-    requests = make_requests([[i, i] for i in range(1, 9)], [20] * 8)
-    plan = plan_of(requests, pages=12, page_size=2, first_guess=1)
-    worker = ContextWorker(requests, 2, 12)
+@pytest.mark.parametrize(("first_guess", "preempts"), [(2, True), (200, False)])
+def test_estimates_wrong_by_ten_times_cost_time_and_no_answer(first_guess: int, preempts: bool) -> None:
+    requests = make_requests([[i, i] for i in range(1, 25)], [20] * 24)
+    plan = plan_of(requests, pages=24, page_size=2, first_guess=first_guess)
+    worker = ContextWorker(requests, 2, 24)
     scheduler, finished = run(plan, requests, worker)
-    assert scheduler.counters.preemptions > 0
+    assert (scheduler.counters.preemptions > 0) == preempts
     assert [f.token_ids.tolist() for f in sorted(finished, key=lambda f: f.request)] == [
-        answer([i, i], 20, None) for i in range(1, 9)
+        answer([i, i], 20, None) for i in range(1, 25)
     ]
+
+
+def test_a_request_larger_than_all_others_together_runs_and_keeps_nobody_out() -> None:
+    prompts = [[1] * 40, *([i, i] for i in range(2, 10))]
+    requests = make_requests(prompts, [20, *[4] * 8], ignore_eos=True)
+    plan = plan_of(requests, pages=30, page_size=2, step_tokens=64)  # just what the first one takes alone
+    worker = ContextWorker(requests, 2, 30)
+    scheduler, finished = run(plan, requests, worker)
+    assert sorted(f.request for f in finished) == list(range(9))
+    assert scheduler.counters.preemptions == 0
+    assert scheduler.pool.peak_used == 30
+
+
+def test_equal_requests_share_all_but_their_last_token() -> None:
+    requests = make_requests([[1, 2, 3, 4, 5]] * 20, [3] * 20, ignore_eos=True)
+    plan = plan_of(requests, pages=22, page_size=4, step_tokens=64)
+    worker = ContextWorker(requests, 4, 22)
+    scheduler, _ = run(plan, requests, worker)
+    assert scheduler.counters.prompt_computed == 4 + 20
+    assert len(worker.steps) == 3
 
 
 def test_a_simulated_run_takes_the_steps_of_a_real_one() -> None:
@@ -167,18 +188,63 @@ def test_a_simulated_run_takes_the_steps_of_a_real_one() -> None:
     assert scheduler.schedule() is None
 
 
-def test_the_pool_prefers_neighbours_and_refuses_double_returns() -> None:
+def test_the_pool_prefers_neighbours_and_gives_no_page_twice() -> None:
     pool = PagePool(8)
-    first = pool.take(3)
-    assert first.tolist() == [0, 1, 2]
-    assert pool.take(1).tolist() == [3]
-    pool.give_back(first)
-    assert pool.take(4).tolist() == [4, 5, 6, 7]
-    assert pool.take(2, after=0).tolist() == [1, 2]
-    assert pool.take(1).tolist() == [0]
+    assert pool.take(0, 3).tolist() == [0, 1, 2]
+    assert pool.take(1, 1).tolist() == [3]
+    pool.release(0)
+    assert pool.take(2, 4).tolist() == [4, 5, 6, 7]
+    assert pool.take(3, 2, after=0).tolist() == [1, 2]
+    assert pool.take_one_each(np.array([4]), np.array([7])).tolist() == [0]  # no page after the last one
     assert (pool.num_free, pool.peak_used) == (0, 8)
     with pytest.raises(ValueError, match="1 pages asked for, 0 free"):
-        pool.take(1)
-    pool.give_back(first)
-    with pytest.raises(ValueError, match="twice"):
-        pool.give_back(first)
+        pool.take(5, 1)
+    with pytest.raises(ValueError, match="1 pages asked for, 0 free"):
+        pool.take_one_each(np.array([5]), np.array([-1]))
+    pool.release(3)
+    pool.release(1)
+    assert pool.take_one_each(np.array([1, 4, 2]), np.array([-1, 0, 7])).tolist() == [2, 1, 3]
+    assert pool.held_by(2) == [4, 5, 6, 7, 3]
+    for owner in (1, 2, 4):
+        pool.release(owner)
+    assert pool.num_used == 0
+
+
+@given(
+    job=jobs,
+    page_size=st.sampled_from([1, 3, 4]),
+    extra=st.integers(0, 20),
+    step_tokens=st.integers(1, 24),
+    order=st.sampled_from(sorted(ORDERS)),
+    grouping=st.sampled_from(["tree", "none"]),
+)
+@settings(max_examples=400, deadline=None)
+def test_answers_of_known_length_are_never_preempted(
+    job: list[tuple[list[int], int]], page_size: int, extra: int, step_tokens: int, order: str, grouping: str
+) -> None:
+    requests = make_requests([p for p, _ in job], [n for _, n in job], ignore_eos=True)
+    options = {"step_tokens": step_tokens, "schedule_order": order, "grouping": grouping}
+    plan = plan_of(requests, pages=1, page_size=page_size, **options)
+    pages = int(pages_needed(plan.groups, requests, plan.budget).max()) + extra
+    plan = plan_of(requests, pages=pages, page_size=page_size, **options)
+    scheduler, finished = run(plan, requests, SimulatedWorker(plan.expected_new_tokens))
+    assert len(finished) == len(job)
+    assert scheduler.counters.preemptions == 0
+
+
+def test_under_pressure_the_pool_is_filled_and_nothing_is_computed_twice() -> None:
+    """The `pressure` job: 12 prefixes of 512 tokens with 8 readers each, and KV for 3,072 tokens."""
+    rng = np.random.default_rng(0)
+    prompts = [
+        [*prefix, *rng.integers(0, 1000, 32).tolist()]
+        for prefix in rng.integers(0, 1000, (12, 512)).tolist()
+        for _ in range(8)
+    ]
+    shuffled = [prompts[i] for i in rng.permutation(96)]
+    requests = make_requests(shuffled, [32] * 96, ignore_eos=True)
+    plan = plan_of(requests, pages=192, page_size=16, step_tokens=1024)
+    scheduler, finished = run(plan, requests, SimulatedWorker(plan.expected_new_tokens))
+    assert len(finished) == 96
+    assert scheduler.counters.preemptions == scheduler.counters.prefix_evictions == 0
+    assert scheduler.counters.prompt_computed == 12 * 512 + 96 * 32
+    assert scheduler.pool.peak_used >= 0.97 * 192
