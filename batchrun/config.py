@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from batchrun.errors import UsageError
-from batchrun.planning.order import ORDERS
+from batchrun.planning.order import AUTO, ORDERS
 from batchrun.prefix.groups import GROUPINGS
 from batchrun.request import Endpoint, LineOptions, SamplingParams
 
@@ -62,8 +62,8 @@ def _one_or_many(value: Any) -> Any:
 
 
 def _known_order(name: str) -> str:
-    if name not in ORDERS:
-        raise ValueError(f"it must be one of {', '.join(ORDERS)}")
+    if name not in (AUTO, *ORDERS):
+        raise ValueError(f"it must be one of {', '.join((AUTO, *ORDERS))}")
     return name
 
 
@@ -127,6 +127,13 @@ class SchedulerConfig(_Section):
         ge=1,
         description="Length to plan with for answers whose length is not known; estimated if unset.",
     )
+    probe: float = Field(
+        default=0.0,
+        ge=0,
+        le=0.5,
+        description="Share of the requests of unknown length to run first, so that the rest is ordered by the lengths "
+        "that they show.",
+    )
 
 
 class OutputConfig(_Section):
@@ -183,7 +190,7 @@ class RunConfig(_Section):
         description="Order of results.jsonl at the end of the run; while it runs, as answers finish.",
     )
     schedule_order: Annotated[str, AfterValidator(_known_order)] = Field(
-        default="dfs", description="Order in which prompts start; it never changes results."
+        default="auto", description="Order in which prompts start; it never changes results."
     )
     strict: bool = Field(default=False, description="Refuse the whole job if any line of it is bad.")
     fresh: bool = Field(default=False, description="Start again beside what is already in the run directory.")

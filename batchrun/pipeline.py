@@ -37,7 +37,17 @@ from batchrun.formats.rundir import (
     sort_results,
     write_text_atomic,
 )
-from batchrun.prepare import Prepared, mismatches, own_tokens, plan_file, prepare, simulate, summaries, warnings_of
+from batchrun.prepare import (
+    Prepared,
+    choose_order,
+    mismatches,
+    own_tokens,
+    plan_file,
+    prepare,
+    simulate,
+    summaries,
+    warnings_of,
+)
 from batchrun.report.page import render_page
 from batchrun.report.records import (
     KvUse,
@@ -199,12 +209,13 @@ def plan_job(job: str, config: RunConfig) -> Planned:
     total = lint.total
     if not len(prepared.requests):
         raise NothingRunnable(f"None of the {total} lines can run; the first: {_shown(faults[0])}")
+    prepared, orders = choose_order(prepared)
     simulated = simulate(prepared)
     previews = [
         prepared.tokenizer.decode(own_tokens(prepared.plan.groups, prepared.requests, group.id, 24).tolist())
         for group in summaries(prepared.plan.groups)
     ]
-    planned = plan_file(prepared, simulated, subject, fingerprint_of(subject, lint.fingerprint, config))
+    planned = plan_file(prepared, simulated, orders, subject, fingerprint_of(subject, lint.fingerprint, config))
     return Planned(planned, faults, total, previews, warnings_of(lint, prepared, subject, config))
 
 
@@ -333,14 +344,15 @@ class _Run:
         for warning in warnings:
             log.warning("%s", warning.message)
 
+        began = time.perf_counter()
+        prepared, orders = choose_order(prepared)
         scheduler = Scheduler(prepared.plan, prepared.requests)
         steps, padded, stopped = StepLog(), 0, False
         if len(prepared.requests):
-            began = time.perf_counter()
             simulated = simulate(prepared)
             self.seconds["plan"] += time.perf_counter() - began
-            write_plan(self.run_dir.path / PLAN, plan_file(prepared, simulated, self.subject, self.fingerprint))
-            self.observer.expected_rows(int(simulated.log.columns["rows"].sum()))
+            write_plan(self.run_dir.path / PLAN, plan_file(prepared, simulated, orders, self.subject, self.fingerprint))
+            self.observer.expected_rows(round(simulated.scale * int(simulated.log.columns["rows"].sum())))
             steps, padded, stopped = self._run_model(prepared, scheduler, sink)
         sink.flush()
         report = self._report(prepared, scheduler, steps, padded, sink, warnings)

@@ -18,7 +18,8 @@ from batchrun.intake import Intake, read_requests
 from batchrun.models import load_device_spec
 from batchrun.planning.cost import CostModel, Work
 from batchrun.planning.memory import MemoryBudget, make_budget
-from batchrun.planning.planner import Plan, PlanOptions, fit_to_pool, make_plan
+from batchrun.planning.order import AUTO, CANDIDATES, units
+from batchrun.planning.planner import Plan, PlanOptions, fit_to_pool, make_plan, order_requests
 from batchrun.prefix.forest import PrefixForest, build_forest
 from batchrun.prefix.groups import PrefixGroups
 from batchrun.report.records import (
@@ -37,8 +38,11 @@ from batchrun.schedule.step import Step, StepOutput
 from batchrun.subject import Fingerprint, Subject
 from batchrun.tokenizer import Tokenizer, load_tokenizer
 
-
 Int32 = npt.NDArray[np.int32]
+
+SIMULATED = 100_000  # requests of a job that are simulated at most
+COMPARED = 10_000  # requests that orders are compared on at most
+_CLEARLY = 0.995  # an order must take less than this share of the time of the one before it
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +79,7 @@ def prepare(subject: Subject, lines: Iterator[JobLine], config: RunConfig) -> Pr
         step_tokens=config.scheduler.step_tokens or device.step_tokens,
         **({"first_guess": config.scheduler.expected_tokens} if config.scheduler.expected_tokens else {}),
         seed=config.seed,
+        probe=config.scheduler.probe,
     )
     requests, forest, planned, too_large, clipped_to_pool = plan_what_fits(intake, cost, budget, options)
     return Prepared(
@@ -145,18 +150,39 @@ class Simulated:
     Attributes:
         log: its steps, with the seconds expected.
         work: of all of them.
-        first_step, last_step: int32 `[R]`, the steps in which each request first and last had rows.
+        requests: how many were simulated.
+        scale: rows of the whole job for each row of what was simulated; 1 unless it was a part.
+        first_step, last_step: int32 `[R]`, the steps in which each request first and last had rows; -1 for requests
+            that were not simulated.
     """
 
     log: StepLog
     scheduler: Scheduler
     work: Work
+    requests: int
+    scale: float
     first_step: Int32
     last_step: Int32
 
+    @property
+    def seconds(self) -> float:
+        """Expected for the whole job."""
+        return self.scale * float(self.log.columns["seconds"].sum())
 
-def simulate(prepared: Prepared) -> Simulated:
-    """The steps of a plan, from the scheduler itself."""
+
+def simulate(prepared: Prepared, most: int = SIMULATED) -> Simulated:
+    """The steps of a plan, from the scheduler itself.
+
+    Args:
+        most: requests to simulate about at most; of a larger job a random part, whole groups of it.
+    """
+    if len(prepared.requests) > most:
+        part, rows = _part(prepared, most)
+        simulated = simulate(part, len(part.requests))
+        first, last = (np.full(len(prepared.requests), -1, dtype=np.int32) for _ in range(2))
+        first[rows], last[rows] = simulated.first_step, simulated.last_step
+        scale = _expected_rows(prepared) / _expected_rows(part)
+        return replace(simulated, scale=scale, first_step=first, last_step=last)
     plan, cost = prepared.plan, prepared.cost
     work = Work()
 
@@ -174,23 +200,87 @@ def simulate(prepared: Prepared) -> Simulated:
 
     scheduler = Scheduler(plan, prepared.requests)
     end = run_loop(scheduler, SimulatedWorker(plan.expected_new_tokens, price), on_step=on_step)
-    return Simulated(end.log, scheduler, work, first, last)
+    return Simulated(end.log, scheduler, work, len(prepared.requests), 1.0, first, last)
 
 
-def plan_file(prepared: Prepared, simulated: Simulated, subject: Subject, fingerprint: Fingerprint) -> PlanFile:
-    planned, counters = prepared.plan, simulated.scheduler.counters
+def _part(prepared: Prepared, most: int) -> tuple[Prepared, npt.NDArray[np.int64]]:
+    """Some lines of a job, drawn by whole groups, planned as the job is; and which requests they have."""
+    requests, groups, options = prepared.requests, prepared.plan.groups, prepared.plan.options
+    unit = units(groups)[0]
+    names, of_request, sizes = np.unique(unit, return_inverse=True, return_counts=True)
+    drawn = np.random.default_rng(0).permutation(names.size)
+    inside = np.zeros(names.size, dtype=bool)
+    inside[drawn[: max(int((np.cumsum(sizes[drawn]) <= most).sum()), 1)]] = True
+    lines = np.unique(requests.line[inside[of_request]]).astype(np.int64)
+    rows = np.flatnonzero(np.isin(requests.line, lines))
+    taken = requests.take_lines(lines)
+    forest = build_forest(taken.tokens)
+    plan = make_plan(taken, forest, prepared.cost, prepared.plan.budget, options)
+    return replace(prepared, requests=taken, forest=forest, plan=plan), rows
+
+
+def _expected_rows(prepared: Prepared) -> int:
+    """Rows that a job computes if nothing is computed twice."""
+    plan, requests = prepared.plan, prepared.requests
+    own = requests.tokens.lengths - plan.groups.request_depth
+    return int(plan.groups.length.sum() + own.sum() + plan.expected_new_tokens.sum(dtype=np.int64))
+
+
+def choose_order(prepared: Prepared) -> tuple[Prepared, tuple[OrderTried, ...]]:
+    """Put requests into the order whose simulation is shortest, where the order was left to `auto`.
+
+    Returns:
+        The job in that order, and the orders that were tried, shortest first; none where the order was given.
+    """
+    if prepared.plan.options.schedule_order != AUTO or not len(prepared.requests):
+        return prepared, ()
+    part = _part(prepared, COMPARED)[0] if len(prepared.requests) > COMPARED else prepared
+    scale = _expected_rows(prepared) / _expected_rows(part)
+    found = []
+    for name in CANDIDATES:
+        simulated = replace(simulate(_in_order(part, name), len(part.requests)), scale=scale)
+        found.append(tried(name, simulated))
+    # An order that is not clearly shorter than one before it is not taken.
+    best = found[0]
+    for order in found[1:]:
+        if order.seconds < _CLEARLY * best.seconds:
+            best = order
+    ranked = sorted(found, key=lambda order: (order is not best, order.seconds))
+    return _in_order(prepared, best.name), tuple(ranked)
+
+
+def _in_order(prepared: Prepared, name: str) -> Prepared:
+    options = replace(prepared.plan.options, schedule_order=name)
+    plan = replace(prepared.plan, options=options)
+    order = order_requests(plan, prepared.requests, plan.expected_new_tokens)
+    return replace(prepared, plan=replace(plan, order=order))
+
+
+def plan_file(
+    prepared: Prepared,
+    simulated: Simulated,
+    orders: tuple[OrderTried, ...],
+    subject: Subject,
+    fingerprint: Fingerprint,
+) -> PlanFile:
+    planned, counters, scale = prepared.plan, simulated.scheduler.counters, simulated.scale
     return PlanFile(
         requests=len(prepared.requests),
-        tokens=TokenCounts(planned.prompt_logical, planned.prompt_physical, counters.prompt_computed, counters.sampled),
+        tokens=TokenCounts(
+            planned.prompt_logical,
+            planned.prompt_physical,
+            round(scale * counters.prompt_computed),
+            round(scale * counters.sampled),
+        ),
         saving=planned.saving,
         groups=summaries(planned.groups),
         schedule_order=planned.options.schedule_order,
         grouping=planned.options.grouping,
-        steps=len(simulated.log),
+        steps=round(scale * len(simulated.log)),
         step_tokens=planned.options.step_tokens,
         kv=KvUse(planned.budget.page_size, planned.budget.pages, simulated.scheduler.pool.peak_used),
         expected=estimate(prepared, simulated),
-        orders=(tried(planned.options.schedule_order, simulated),),
+        orders=orders or (tried(planned.options.schedule_order, simulated),),
         model=subject.name,
         dtype=subject.dtype,
         fingerprint=fingerprint,
@@ -200,19 +290,19 @@ def plan_file(prepared: Prepared, simulated: Simulated, subject: Subject, finger
 def estimate(prepared: Prepared, simulated: Simulated) -> Estimate:
     """How long a job is expected to take."""
     cost = prepared.cost
-    seconds = float(simulated.log.columns["seconds"].sum())
+    seconds, scale = simulated.seconds, simulated.scale
     low, high = cost.spread(seconds)
     bound = cost.bound(simulated.work)
     return Estimate(
         seconds=seconds,
         low=low,
         high=high,
-        bound_compute=bound.compute,
-        bound_memory=bound.memory,
+        bound_compute=scale * bound.compute,
+        bound_memory=scale * bound.memory,
         device=cost.device.name,
         hardware=cost.device.hardware,
         calibrated=cost.fitted,
-        requests=len(prepared.requests),
+        requests=simulated.requests,
     )
 
 
@@ -221,9 +311,9 @@ def tried(name: str, simulated: Simulated) -> OrderTried:
     counters = simulated.scheduler.counters
     return OrderTried(
         name=name,
-        seconds=float(simulated.log.columns["seconds"].sum()),
-        steps=len(simulated.log),
-        prompt_computed=counters.prompt_computed,
+        seconds=simulated.seconds,
+        steps=round(simulated.scale * len(simulated.log)),
+        prompt_computed=round(simulated.scale * counters.prompt_computed),
         peak_pages=simulated.scheduler.pool.peak_used,
         evictions=counters.prefix_evictions,
     )

@@ -1,4 +1,8 @@
-"""In which order requests are admitted: plain functions by name. A new idea is a function and a line."""
+"""In which order requests are admitted: plain functions by name. A new idea is a function and a line.
+
+Shape letters: R requests, U units. A **unit** is an outermost group with all requests below it, or a request without a
+group; every order but the controls keeps units together, and within a unit the order of the forest.
+"""
 
 from __future__ import annotations
 
@@ -7,52 +11,135 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from batchrun.prefix.forest import PrefixForest
-from batchrun.prefix.groups import PrefixGroups
+from batchrun.prefix.groups import GroupCosts, PrefixGroups
 
 Int32 = npt.NDArray[np.int32]
+Int64 = npt.NDArray[np.int64]
+
+AUTO = "auto"  # no order of its own: the one whose simulation is shortest
+_BLOCKS = 1 << 14  # of units at most that the dual scan looks at one by one
 
 
-def _input(forest: PrefixForest, groups: PrefixGroups, prompt: Int32, new: Int32, seed: int) -> Int32:
+def _input(groups: PrefixGroups, prompt: Int32, new: Int32, costs: GroupCosts, seed: int) -> Int32:
     """`input`: as the job file has them; a control."""
     return np.arange(prompt.size, dtype=np.int32)
 
 
-def _shuffle(forest: PrefixForest, groups: PrefixGroups, prompt: Int32, new: Int32, seed: int) -> Int32:
+def _shuffle(groups: PrefixGroups, prompt: Int32, new: Int32, costs: GroupCosts, seed: int) -> Int32:
     """`shuffle`: at random, by the run's seed; a control."""
     return np.random.default_rng(seed).permutation(prompt.size).astype(np.int32)
 
 
-def _dfs(forest: PrefixForest, groups: PrefixGroups, prompt: Int32, new: Int32, seed: int) -> Int32:
+def _dfs(groups: PrefixGroups, prompt: Int32, new: Int32, costs: GroupCosts, seed: int) -> Int32:
     """`dfs`: forest order, so that the readers of every prefix run together."""
-    return forest.order
+    return np.argsort(groups.request_rank).astype(np.int32)
 
 
-def _decode_ratio(forest: PrefixForest, groups: PrefixGroups, prompt: Int32, new: Int32, seed: int) -> Int32:
-    """`decode_ratio`: outermost groups by decode : prefill tokens, highest first (BatchLLM, arXiv 2412.03594,
-    section 4.2), so that decode tokens of early groups mix with prefill chunks of later ones; forest order within.
+def _decode_ratio(groups: PrefixGroups, prompt: Int32, new: Int32, costs: GroupCosts, seed: int) -> Int32:
+    """`decode_ratio`: units by decode : prefill tokens, highest first (BatchLLM, arXiv 2412.03594, section 4.2), so
+    that decode tokens of early units mix with prefill chunks of later ones.
     """
-    root = np.where(groups.request_group >= 0, groups.path[groups.request_group, 0], -1) if len(groups) else None
-    if root is None:
-        root = np.full(prompt.size, -1, dtype=np.int32)
-    # A request without a group is a group of one.
-    unit = np.where(root >= 0, root, len(groups) + np.arange(prompt.size))
-    decode = np.bincount(unit, weights=new, minlength=len(groups) + prompt.size)
-    prefill = np.bincount(unit, weights=prompt - groups.request_depth, minlength=decode.size)
+    unit, count = units(groups)
+    decode = np.bincount(unit, weights=new, minlength=count)
+    return _by_unit(groups, unit, -decode / np.maximum(_rows(groups, prompt, unit, count), 1))
+
+
+def _density(groups: PrefixGroups, prompt: Int32, new: Int32, costs: GroupCosts, seed: int) -> Int32:
+    """`density`: dual scan (BlendServe, arXiv 2411.16102): units sorted by compute : memory time are taken from both
+    ends, so that those that compute much and those that read much KV are under way together, each in the share of
+    the KV memory at which the mix is as dense as the whole job.
+    """
+    unit, count = units(groups)
+    own = prompt - groups.request_depth
+    compute = costs.row * (_rows(groups, prompt, unit, count) + np.bincount(unit, weights=new, minlength=count))
+    # KV tokens held, summed over steps: by each request while it decodes, and by its prefixes as long as anyone does.
+    held = np.bincount(unit, weights=(own + new / 2) * new, minlength=count).astype(np.float64)
+    longest = np.zeros(count)
+    np.maximum.at(longest, unit, new)
     if len(groups):
-        outermost = groups.path[:, 0]
-        prefill[: len(groups)] += np.bincount(outermost, weights=groups.length, minlength=len(groups))
-    ratio = decode / np.maximum(prefill, 1)
-    first = np.full(decode.size, prompt.size, dtype=np.int64)  # ties: by the first place in forest order
+        prefix = np.bincount(groups.path[:, 0], weights=groups.length, minlength=len(groups))
+        held[: len(groups)] += prefix * longest[: len(groups)]
+    memory = np.maximum(costs.kv_token * held, np.finfo(float).tiny)
+    # The scan goes over blocks of units of similar density where there are very many.
+    used = np.flatnonzero(np.bincount(unit, minlength=count))
+    by_density = used[np.argsort(-compute[used] / memory[used], kind="stable")]
+    first = np.linspace(0, by_density.size, min(by_density.size, _BLOCKS) + 1).astype(np.int64)[:-1]
+    block_compute, block_memory = (np.add.reduceat(column[by_density], first) for column in (compute, memory))
+    turn = _dual_scan(block_compute / block_memory, block_memory, float(block_compute.sum() / block_memory.sum()))
+    place = np.zeros(count)
+    place[by_density] = np.repeat(turn, np.diff(np.append(first, by_density.size)))
+    return _by_unit(groups, unit, place)
+
+
+def choose_probe(unknown: npt.NDArray[np.bool_], share: float, seed: int) -> Int32:
+    """Requests to run first so that the lengths of the others are better known: about `share` of those whose length is
+    unknown, spread over the whole job (BlendServe samples each subtree so)."""
+    drawn = np.random.default_rng(seed).random(unknown.size) < share
+    return np.flatnonzero(unknown & drawn).astype(np.int32)
+
+
+def _dual_scan(density: npt.NDArray[np.float64], memory: npt.NDArray[np.float64], whole: float) -> Int64:
+    """The turn of each block, int64 `[blocks]`, where they are taken from both ends.
+
+    The left end has density `left` and the right one `right`; the left ones get the share
+    `(whole - right) / (left - right)` of the memory, here of KV tokens times steps.
+
+    Args:
+        density: descending.
+        memory: what each block holds.
+        whole: density of the job.
+    """
+    dense, weight = density.tolist(), memory.tolist()
+    turn = np.empty(density.size, dtype=np.int64)
+    low, high = 0, density.size - 1
+    taken_left = taken = 0.0
+    for number in range(density.size):
+        left, right = dense[low], dense[high]
+        share = (whole - right) / (left - right) if left > right else 1.0
+        if taken_left <= share * taken:
+            turn[low] = number
+            taken_left += weight[low]
+            taken += weight[low]
+            low += 1
+        else:
+            turn[high] = number
+            taken += weight[high]
+            high -= 1
+    return turn
+
+
+def units(groups: PrefixGroups) -> tuple[Int64, int]:
+    """The unit of each request, int64 `[R]`, and how many numbers there are: groups first, then requests."""
+    requests = np.arange(groups.request_group.size)
+    if not len(groups):
+        return requests, requests.size
+    root = np.where(groups.request_group >= 0, groups.path[groups.request_group, 0], -1)
+    return np.where(root >= 0, root, len(groups) + requests), len(groups) + requests.size
+
+
+def _rows(groups: PrefixGroups, prompt: Int32, unit: Int64, count: int) -> npt.NDArray[np.float64]:
+    """Prompt rows that each unit computes, float64 `[U]`."""
+    rows = np.bincount(unit, weights=prompt - groups.request_depth, minlength=count).astype(np.float64)
+    if len(groups):
+        rows[: len(groups)] += np.bincount(groups.path[:, 0], weights=groups.length, minlength=len(groups))
+    return rows
+
+
+def _by_unit(groups: PrefixGroups, unit: Int64, key: npt.NDArray[np.float64]) -> Int32:
+    """Requests by the key of their unit, lowest first; ties by the unit's first place in forest order."""
+    first = np.full(key.size, np.iinfo(np.int64).max, dtype=np.int64)
     np.minimum.at(first, unit, groups.request_rank)
-    return np.lexsort((groups.request_rank, first[unit], -ratio[unit])).astype(np.int32)
+    return np.lexsort((groups.request_rank, first[unit], key[unit])).astype(np.int32)
 
 
-Order = Callable[[PrefixForest, PrefixGroups, Int32, Int32, int], Int32]
+Order = Callable[[PrefixGroups, Int32, Int32, GroupCosts, int], Int32]
 
 ORDERS: dict[str, Order] = {
     "input": _input,
     "shuffle": _shuffle,
     "dfs": _dfs,
     "decode_ratio": _decode_ratio,
+    "density": _density,
 }
+# What `auto` chooses from, of equals the first; the controls are for comparison.
+CANDIDATES = ("dfs", "decode_ratio", "density", "input")

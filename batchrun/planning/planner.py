@@ -11,9 +11,9 @@ from batchrun.errors import UsageError
 from batchrun.planning.cost import CostModel
 from batchrun.planning.lengths import FIRST_GUESS, OutputLengths
 from batchrun.planning.memory import MemoryBudget
-from batchrun.planning.order import ORDERS
+from batchrun.planning.order import AUTO, ORDERS, choose_probe
 from batchrun.prefix.forest import PrefixForest
-from batchrun.prefix.groups import GROUPINGS, PrefixGroups, choose_groups
+from batchrun.prefix.groups import GROUPINGS, GroupCosts, PrefixGroups, choose_groups
 from batchrun.request import Requests
 
 
@@ -22,11 +22,13 @@ class PlanOptions:
     """What of a plan the user may set.
 
     Attributes:
-        schedule_order: a name in `planning.order.ORDERS`.
+        schedule_order: a name in `planning.order.ORDERS`, or `auto`: `dfs` then stands until the orders are compared
+            (`prepare.choose_order`).
         grouping: a name in `prefix.groups.GROUPINGS`.
         step_tokens: rows of a step beyond which no prefill is added.
         first_guess: expected tokens of an answer, until answers have been seen.
-        seed: of the `shuffle` order.
+        seed: of the `shuffle` order and of the probe.
+        probe: share of the requests of each unit to run first, so that lengths are known when the rest is ordered.
     """
 
     schedule_order: str
@@ -34,6 +36,7 @@ class PlanOptions:
     step_tokens: int
     first_guess: int = FIRST_GUESS
     seed: int = 0
+    probe: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +46,11 @@ class Plan:
     Attributes:
         groups: the shared prefixes and who reads them.
         order: int32 `[R]`, the requests in the order in which they are admitted.
+        probe: how many of them, from the first on, are run to learn lengths; the rest is then ordered anew.
         budget: memory; the pool is no larger than the job can use.
         expected_new_tokens: int32 `[R]`.
         options: as given.
+        costs: what the choice of groups and orders weighs.
         prompt_logical: tokens of all prompts.
         prompt_physical: tokens of the forest: every shared run once.
         saving: 1 - physical / logical.
@@ -53,9 +58,11 @@ class Plan:
 
     groups: PrefixGroups
     order: npt.NDArray[np.int32]
+    probe: int
     budget: MemoryBudget
     expected_new_tokens: npt.NDArray[np.int32]
     options: PlanOptions
+    costs: GroupCosts
     prompt_logical: int
     prompt_physical: int
     saving: float
@@ -70,33 +77,43 @@ def make_plan(
         UsageError: an unknown order or grouping.
     """
     for name, known, flag in (
-        (options.schedule_order, ORDERS, "schedule order"),
+        (options.schedule_order, (*ORDERS, AUTO), "schedule order"),
         (options.grouping, GROUPINGS, "grouping"),
     ):
         if name not in known:
             raise UsageError(f"there is no {flag} {name!r}", hint=f"choose one of: {', '.join(known)}")
-    expected = OutputLengths(requests, first_guess=options.first_guess).expected()
+    lengths = OutputLengths(requests, first_guess=options.first_guess)
+    expected = lengths.expected()
+    costs = cost.group_costs()
     groups = choose_groups(
-        forest,
-        requests.tokens,
-        grouping=options.grouping,
-        expected_new_tokens=expected,
-        costs=cost.group_costs(),
+        forest, requests.tokens, grouping=options.grouping, expected_new_tokens=expected, costs=costs
     )
     # No more pages than the job can ever use: the pool then does not depend on what memory happens to be free.
     budget = replace(budget, pages=min(budget.pages, _most_pages(groups, requests, budget)))
-    prompt = requests.tokens.lengths.astype(np.int32)
-    order = ORDERS[options.schedule_order](forest, groups, prompt, expected, options.seed)
-    return Plan(
+    plan = Plan(
         groups=groups,
-        order=order,
+        order=np.arange(len(requests), dtype=np.int32),
+        probe=0,
         budget=budget,
         expected_new_tokens=expected,
         options=options,
+        costs=costs,
         prompt_logical=forest.prompt_logical,
         prompt_physical=forest.prompt_physical,
         saving=forest.saving,
     )
+    probe = choose_probe(~lengths.exact, options.probe, options.seed)
+    order = order_requests(plan, requests, expected)
+    order = np.concatenate((order[np.isin(order, probe)], order[~np.isin(order, probe)]))
+    return replace(plan, order=order, probe=probe.size)
+
+
+def order_requests(plan: Plan, requests: Requests, expected_new_tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+    """The order of a plan's requests, int32 `[R]`, if answers have the given lengths."""
+    options = plan.options
+    order = ORDERS["dfs" if options.schedule_order == AUTO else options.schedule_order]
+    prompt = requests.tokens.lengths.astype(np.int32)
+    return order(plan.groups, prompt, expected_new_tokens, plan.costs, options.seed)
 
 
 def _most_pages(groups: PrefixGroups, requests: Requests, budget: MemoryBudget) -> int:

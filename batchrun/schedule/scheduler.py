@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from batchrun.planning.lengths import OutputLengths
-from batchrun.planning.planner import Plan
+from batchrun.planning.planner import Plan, order_requests
 from batchrun.request import FinishReason, Requests
 from batchrun.schedule.ledger import PageLedger
 from batchrun.schedule.pages import PagePool
@@ -103,8 +103,10 @@ class Scheduler:
         self._level_of_group = (groups.path >= 0).sum(axis=1) - 1 if len(groups) else np.empty(0, dtype=np.int64)
         self._to_come = groups.requests.copy()  # requests of each group that are not finished
 
-        self._next = 0  # place in plan.order
-        self._ahead: list[int] = []  # expected lengths of the requests in plan.order from this place on
+        self._order = plan.order
+        self._next = 0  # place in the order
+        self._probing = plan.probe  # answers still to come before the rest is ordered by what they teach
+        self._ahead: list[int] = []  # expected lengths of the requests in the order, from this place on
         self._ahead_from = 0
         self._preempted: deque[int] = deque()  # slots, to be admitted again before any new request
         self._advancing = np.empty(0, dtype=np.int32)  # slots with something to compute, in order of admission
@@ -114,7 +116,7 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """Requests not under way yet."""
-        return self._plan.order.size - self._next + len(self._preempted)
+        return self._order.size - self._next + len(self._preempted)
 
     def schedule(self) -> Step | None:
         """The next step, or None when every request has its answer."""
@@ -160,10 +162,22 @@ class Scheduler:
                 np.array([f.token_ids.size for f in finished], dtype=np.int32),
             )
             self._ahead = []
+            if self._probing:
+                self._learn_order(np.array([f.request for f in finished]))
         outgrown = goes_on[seqs.until[goes_on] <= self._steps]
         if outgrown.size:
             self._book_longer(outgrown)
         return finished
+
+    def _learn_order(self, finished: npt.NDArray[np.int_]) -> None:
+        """Once the probe has its answers, order what has not begun by the lengths that they show."""
+        probe = self._plan.order[: self._plan.probe]
+        self._probing -= int(np.isin(finished, probe).sum())
+        if self._probing == 0:
+            order = order_requests(self._plan, self._requests, self.lengths.expected())
+            waiting = np.zeros(order.size, dtype=bool)
+            waiting[self._order[self._next :]] = True
+            self._order = np.concatenate((self._order[: self._next], order[waiting[order]]))
 
     # Admission ------------------------------------------------------------------------------------------------
 
@@ -199,14 +213,14 @@ class Scheduler:
         if self._preempted:
             slot = self._preempted[0]
             return int(self.sequences.request[slot]), slot
-        return int(self._plan.order[self._next]), -1
+        return int(self._order[self._next]), -1
 
     def _expected_next(self) -> int:
         """Expected length of the answer of the request to admit next; those of many are found at once."""
         if self._preempted:
             return int(self.lengths.expected(self.sequences.request[[self._preempted[0]]])[0])
         if not 0 <= self._next - self._ahead_from < len(self._ahead):
-            self._ahead = self.lengths.expected(self._plan.order[self._next : self._next + _AHEAD]).tolist()
+            self._ahead = self.lengths.expected(self._order[self._next : self._next + _AHEAD]).tolist()
             self._ahead_from = self._next
         return self._ahead[self._next - self._ahead_from]
 
