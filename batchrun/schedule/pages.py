@@ -26,6 +26,7 @@ class PagePool:
         self.peak_used = 0
         self._held: dict[int, list[int]] = {}
         self._free = bytearray(b"\1") * size  # a byte a page, so that a run of free pages is one `find`
+        self._all_taken_below = 0
         self._is_free = np.frombuffer(self._free, dtype=np.uint8)
 
     @property
@@ -46,7 +47,7 @@ class PagePool:
         if first >= 0:
             pages = np.arange(first, first + count, dtype=np.int32)
         else:
-            pages = np.flatnonzero(self._is_free)[:count].astype(np.int32)
+            pages = np.array(self._lowest(count), dtype=np.int32)
         self._hand_out(pages)
         self._held.setdefault(owner, []).extend(pages.tolist())
         return pages
@@ -66,7 +67,7 @@ class PagePool:
         rest[beside] = False
         missing = int(rest.sum())
         if missing:
-            pages[rest] = np.flatnonzero(self._is_free)[:missing]
+            pages[rest] = self._lowest(missing)
             self._hand_out(pages[rest])
         for owner, page in zip(owners.tolist(), pages.tolist(), strict=True):
             self._held.setdefault(owner, []).append(page)
@@ -76,11 +77,21 @@ class PagePool:
         """Take back all pages of an owner."""
         pages = self._held.pop(owner)
         self._is_free[pages] = 1
+        self._all_taken_below = min(self._all_taken_below, *pages)
         self.num_free += len(pages)
 
     def held_by(self, owner: int) -> list[int]:
         """The pages of an owner, in the order in which it took them."""
         return self._held.get(owner, [])
+
+    def _lowest(self, count: int) -> list[int]:
+        """The free pages with the lowest numbers."""
+        found, at = [], self._all_taken_below
+        for _ in range(count):
+            at = self._free.find(1, at) + 1
+            found.append(at - 1)
+        self._all_taken_below = at
+        return found
 
     def _check(self, count: int) -> None:
         if count > self.num_free:

@@ -72,6 +72,29 @@ class Counters:
     idle_rows: int = 0
 
 
+class _Candidate(NamedTuple):
+    """A request that may be admitted next; see `Sequences` for those fields that it has too.
+
+    Attributes:
+        group: the deepest group it reads, or -1.
+        start: where its own tokens begin in the table.
+        tokens: own tokens that it has to compute, sampled ones included.
+        limit: tokens to sample at most.
+        left: tokens it is expected to sample yet.
+        slot: its slot if it was under way before, else -1.
+    """
+
+    request: int
+    group: int
+    depth: int
+    start: int
+    tokens: int
+    rank: int
+    limit: int
+    left: int
+    slot: int = -1
+
+
 class _Booking(NamedTuple):
     """What is booked for a request: see `Sequences.until`, `held` and `growth`."""
 
@@ -100,14 +123,18 @@ class Scheduler:
 
         groups = plan.groups
         self._slot_of_group = np.full(len(groups), -1, dtype=np.int32)
+        # With one place more for no group, which is -1.
+        self._path_of = np.concatenate((groups.path, np.full((1, groups.path.shape[1]), -1, dtype=np.int32)))
+        self._length_of = np.append(groups.length, np.int32(0))
+        self._depth_of = np.append(groups.depth, np.int32(0))
         self._level_of_group = (groups.path >= 0).sum(axis=1) - 1 if len(groups) else np.empty(0, dtype=np.int64)
+        self._paths: dict[int, list[int]] = {}
         self._to_come = groups.requests.copy()  # requests of each group that are not finished
 
         self._order = plan.order
         self._next = 0  # place in the order
         self._probing = plan.probe  # answers still to come before the rest is ordered by what they teach
-        self._ahead: list[int] = []  # expected lengths of the requests in the order, from this place on
-        self._ahead_from = 0
+        self._ahead: deque[_Candidate] = deque()  # the requests in the order from this place on
         self._preempted: deque[int] = deque()  # slots, to be admitted again before any new request
         self._advancing = np.empty(0, dtype=np.int32)  # slots with something to compute, in order of admission
         self._releases: list[int] = []
@@ -161,7 +188,7 @@ class Scheduler:
                 np.array([f.request for f in finished], dtype=np.int32),
                 np.array([f.token_ids.size for f in finished], dtype=np.int32),
             )
-            self._ahead = []
+            self._ahead.clear()  # what is expected of them has changed
             if self._probing:
                 self._learn_order(np.array([f.request for f in finished]))
         outgrown = goes_on[seqs.until[goes_on] <= self._steps]
@@ -193,44 +220,63 @@ class Scheduler:
         room = self._step_tokens - int(decodes.sum()) - int(left[~decodes].sum())
         entering: list[int] = []
         while room > 0 and self.num_waiting:
-            request, slot = self._peek()
-            path = self._path(int(self._plan.groups.request_group[request]))
+            candidate = self._peek()
+            path = self._path(candidate.group)
             missing = [group for group in path if self._slot_of_group[group] < 0]
-            rows = self._own_tokens(request, slot) + int(self._plan.groups.length[missing].sum())
-            # Rows of this step that come before are taken already; the steps after this one have at least so many.
+            rows = candidate.tokens + sum(int(self._plan.groups.length[group]) for group in missing)
+            # What of them this step has no room for, the steps after it have: those under way leave so many rows.
             steps = 1 + -(-max(rows - room, 0) // max(self._step_tokens - under_way - 1, 1))
-            booking = self._book(request, slot, path, steps, must_fit=under_way > 0)
+            booking = self._book(candidate, path, steps, must_fit=under_way > 0)
             if booking is None:
                 break
-            entering += self._let_in(request, slot, path, missing, booking)
+            entering += self._let_in(candidate, path, missing, booking)
             room -= rows
             under_way += 1
         if entering:
             self._advancing = np.concatenate((self._advancing, np.array(entering, dtype=np.int32)))
 
-    def _peek(self) -> tuple[int, int]:
-        """The request to admit next, and its slot if it was under way before, else -1."""
+    def _peek(self) -> _Candidate:
+        """The request to admit next: one that was preempted, else the next in the order."""
         if self._preempted:
-            slot = self._preempted[0]
-            return int(self.sequences.request[slot]), slot
-        return int(self._order[self._next]), -1
+            return self._waiting_again(self._preempted[0])
+        if not self._ahead:
+            self._look_ahead()
+        return self._ahead[0]
 
-    def _expected_next(self) -> int:
-        """Expected length of the answer of the request to admit next; those of many are found at once."""
-        if self._preempted:
-            return int(self.lengths.expected(self.sequences.request[[self._preempted[0]]])[0])
-        if not 0 <= self._next - self._ahead_from < len(self._ahead):
-            self._ahead = self.lengths.expected(self._order[self._next : self._next + _AHEAD]).tolist()
-            self._ahead_from = self._next
-        return self._ahead[self._next - self._ahead_from]
+    def _waiting_again(self, slot: int) -> _Candidate:
+        """A request that was under way before; it keeps its slot and what it sampled."""
+        seqs = self.sequences
+        expected = int(self.lengths.expected(seqs.request[slot : slot + 1])[0])
+        return _Candidate(
+            request=int(seqs.request[slot]),
+            group=int(seqs.parent[slot]),
+            depth=int(seqs.depth[slot]),
+            start=int(seqs.token_start[slot]),
+            tokens=int(seqs.num_tokens[slot]),
+            rank=int(seqs.rank[slot]),
+            limit=int(seqs.max_new_tokens[slot]),
+            left=max(expected - int(seqs.num_sampled[slot]), 1),
+            slot=slot,
+        )
 
-    def _own_tokens(self, request: int, slot: int) -> int:
-        """Tokens that a request to be admitted has to compute: those of its prompt, and those it has sampled."""
-        if slot >= 0:
-            return int(self.sequences.num_tokens[slot])
-        return self._requests.tokens.span(request).length - int(self._plan.groups.request_depth[request])
+    def _look_ahead(self) -> None:
+        """Find what admission asks of the next requests, for many at once."""
+        requests = self._order[self._next : self._next + _AHEAD]
+        groups, tokens = self._plan.groups, self._requests.tokens
+        depth = groups.request_depth[requests]
+        columns = (
+            requests,
+            groups.request_group[requests],
+            depth,
+            tokens.offsets[requests] + depth,
+            tokens.offsets[requests + 1] - tokens.offsets[requests] - depth,
+            groups.request_rank[requests],
+            self._requests.max_new_tokens[requests],
+            self.lengths.expected(requests),
+        )
+        self._ahead.extend(map(_Candidate, *(column.tolist() for column in columns)))
 
-    def _book(self, request: int, slot: int, path: list[int], steps: int, *, must_fit: bool) -> _Booking | None:
+    def _book(self, candidate: _Candidate, path: list[int], steps: int, *, must_fit: bool) -> _Booking | None:
         """Book the pages of a request, and of the prefixes that it reads, up to its expected end.
 
         Args:
@@ -238,15 +284,12 @@ class Scheduler:
                 will hold are booked from the start.
             must_fit: whether to book nothing and return None if the pool would not do.
         """
-        tokens = self._own_tokens(request, slot)
-        sampled = int(self.sequences.num_sampled[slot]) if slot >= 0 else 0
-        left = max(self._expected_next() - sampled, 1)  # steps that sample
+        tokens, left = candidate.tokens, candidate.left
         now, ledger = self._steps, self._ledger
         stop = now + steps - 1 + left
         held = -(-(tokens + left - 1) // self._page_size) if steps > 1 else 0
         prefixes = [
-            (group, self._booked_until(group), -(-int(self._plan.groups.length[group]) // self._page_size))
-            for group in path
+            (self._booked_until(group), -(-int(self._plan.groups.length[group]) // self._page_size)) for group in path
         ]
 
         def book(sign: int) -> None:
@@ -254,7 +297,7 @@ class Scheduler:
                 ledger.book(now, stop, sign * held)
             else:
                 ledger.book_growing(now, stop, tokens, sign)
-            for _, until, pages in prefixes:
+            for until, pages in prefixes:
                 ledger.book(until, stop, sign * pages)
 
         book(1)
@@ -268,7 +311,7 @@ class Scheduler:
         slot = int(self._slot_of_group[group])
         return max(int(self.sequences.until[slot]), self._steps) if slot >= 0 else self._steps
 
-    def _let_in(self, request: int, slot: int, path: list[int], missing: list[int], booking: _Booking) -> list[int]:
+    def _let_in(self, candidate: _Candidate, path: list[int], missing: list[int], booking: _Booking) -> list[int]:
         """Make a request that is booked, and the prefixes that are not there, advance; returns their slots."""
         groups, seqs = self._plan.groups, self.sequences
         entering = []
@@ -284,36 +327,40 @@ class Scheduler:
             )
             self._slot_of_group[group] = prefix
             entering.append(prefix)
+        slot = candidate.slot
         if slot >= 0:
             self._preempted.popleft()
             seqs.stamp(slot)
         else:
             self._next += 1
-            span = self._requests.tokens.span(request)
-            depth = int(groups.request_depth[request])
+            self._ahead.popleft()
             slot = seqs.add(
-                token_start=span.start + depth,
-                request=request,
-                parent=int(groups.request_group[request]),
-                rank=int(groups.request_rank[request]),
-                depth=depth,
-                num_prompt=span.length - depth,
-                num_tokens=span.length - depth,
-                max_new_tokens=int(self._requests.max_new_tokens[request]),
+                token_start=candidate.start,
+                request=candidate.request,
+                parent=candidate.group,
+                rank=candidate.rank,
+                depth=candidate.depth,
+                num_prompt=candidate.tokens,
+                num_tokens=candidate.tokens,
+                max_new_tokens=candidate.limit,
             )
         entering.append(slot)
         self._note(slot, booking)
-        prefixes = self._slot_of_group[path]
-        seqs.readers[prefixes] += 1
-        seqs.until[prefixes] = np.maximum(seqs.until[prefixes], booking.until)
+        for group in path:
+            prefix = self._slot_of_group[group]
+            seqs.readers[prefix] += 1
+            seqs.until[prefix] = max(seqs.until[prefix], booking.until)
         return entering
 
     def _path(self, group: int) -> list[int]:
         """The groups from the root down to `group`; empty for -1."""
         if group < 0:
             return []
-        path = self._plan.groups.path[group]
-        return path[path >= 0].tolist()
+        found = self._paths.get(group)
+        if found is None:
+            path = self._plan.groups.path[group]
+            found = self._paths[group] = path[path >= 0].tolist()
+        return found
 
     def _under_way(self) -> Int32:
         """Slots of requests under way."""
@@ -480,29 +527,31 @@ class Scheduler:
         if not slots.size:
             return []
         finished = []
-        for slot, stop, by_token in zip(slots.tolist(), stops.tolist(), ended.tolist(), strict=True):
+        columns = (slots, stops, ended, seqs.request[slots], seqs.num_sampled[slots], seqs.depth[slots])
+        for slot, stop, by_token, request, sampled, depth in zip(*(c.tolist() for c in columns), strict=True):
             finished.append(
                 Finished(
-                    request=int(seqs.request[slot]),
-                    token_ids=seqs.sampled[slot, : seqs.num_sampled[slot]].copy(),
+                    request=request,
+                    token_ids=seqs.sampled[slot, :sampled].copy(),
                     reason=FinishReason.STOP if stop else FinishReason.LENGTH,
                     ended=by_token,
-                    cached_tokens=int(seqs.depth[slot]),
+                    cached_tokens=depth,
                 )
             )
             path = self._path(int(seqs.parent[slot]))
-            prefixes = self._slot_of_group[path]
-            self._to_come[path] -= 1
-            seqs.readers[prefixes] -= 1
             self._unbook(slot)
             self._release(slot)
             seqs.remove(slot)
-            for group, prefix in zip(path, prefixes.tolist(), strict=True):
+            for group in path:
+                prefix = int(self._slot_of_group[group])
+                self._to_come[group] -= 1
+                seqs.readers[prefix] -= 1
                 if self._to_come[group] == 0:
                     self._book_prefix(group, prefix, self._steps)
                     self._slot_of_group[group] = -1
                     self._release(prefix)
                     seqs.remove(prefix)
+                    self._paths.pop(group, None)
         return finished
 
     def _release(self, slot: int) -> None:
@@ -559,22 +608,21 @@ class Scheduler:
 
     def _prefix_reads(self, slots: Int32, length: Int32) -> PrefixReads:
         """Which rows read which prefix: per level, runs of neighbouring chunks that read the same KV."""
-        seqs, groups = self.sequences, self._plan.groups
+        seqs = self.sequences
         first_row = np.cumsum(length) - length
-        parent = seqs.parent[slots]
+        parent, depth = seqs.parent[slots], seqs.depth[slots]
         columns = []
-        levels = groups.path.shape[1] if len(groups) and (parent >= 0).any() else 0
+        levels = self._path_of.shape[1] if (parent >= 0).any() else 0
         for level in range(levels):
-            group = np.where(parent >= 0, groups.path[parent, level], -1)
-            reads = np.where(group >= 0, np.minimum(groups.length[group], seqs.depth[slots] - groups.depth[group]), 0)
+            group = self._path_of[parent, level]
+            reads = np.minimum(self._length_of[group], depth - self._depth_of[group])
             group = np.where(reads > 0, group, -1)
-            if not (group >= 0).any():
-                continue
             changes = (group[1:] != group[:-1]) | (reads[1:] != reads[:-1])
             edge = np.concatenate(([0], np.flatnonzero(changes) + 1))
-            last = np.append(edge[1:], slots.size) - 1
-            rows = first_row[last] + length[last] - first_row[edge]
+            rows = np.append(first_row[edge[1:]], first_row[-1] + length[-1]) - first_row[edge]
             real = group[edge] >= 0
+            if not real.any():
+                continue
             edge, rows = edge[real], rows[real]
             of = group[edge]
             columns.append(
@@ -584,8 +632,8 @@ class Scheduler:
                     rows,
                     self._slot_of_group[of],
                     reads[edge],
-                    groups.depth[of],
+                    self._depth_of[of],
                 )
             )
-        stacked = zip(*columns, strict=True) if columns else ([np.empty(0)] for _ in range(6))
+        stacked = zip(*columns, strict=True) if columns else ([_NO_INTS] for _ in range(6))
         return PrefixReads(*(np.concatenate(column).astype(np.int32) for column in stacked))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from factories import ARCHITECTURES
-from oracles import make_requests
+from oracles import DEAR_ROWS, make_requests
 from transformers import AutoModelForCausalLM
 
 from batchrun.engine.linear import PackedLinear, can_pack
@@ -26,7 +26,6 @@ from batchrun.prefix.forest import build_forest
 from batchrun.request import Requests
 from batchrun.schedule.scheduler import Scheduler
 from batchrun.schedule.step import Step
-from batchrun.specs import ModelSpec
 
 ModelFactory = Callable[..., Path]
 NEW_TOKENS = 10
@@ -81,9 +80,7 @@ def answers_of(
     loaded = load_model(model, config, "float32", "cpu")
     budget = MemoryBudget(page_size=page_size, pages=pages, page_bytes=1, weight_bytes=0)
     options = PlanOptions(schedule_order="dfs", grouping="tree", step_tokens=step_tokens)
-    # Rows as dear as a large model's, so that small jobs share on all levels.
-    spec = ModelSpec("llama", 50, 4096, 16384, 1, 1, 1, 1, 4096, None, "float32")
-    plan = make_plan(requests, build_forest(requests.tokens), spec, budget, options)
+    plan = make_plan(requests, build_forest(requests.tokens), DEAR_ROWS, budget, options)
     worker = (ScatteredWorker if scattered else TorchWorker)(
         loaded, requests, eos_token_ids=frozenset({EOS}), page_size=page_size, num_pages=pages
     )
