@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from make_job import workload, write_job
+from make_job import WORKLOADS, workload, write_job
 
 import batchrun
 
@@ -69,7 +69,7 @@ def run_transformers(model: torch.nn.Module, requests: list[tuple[list[int], int
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workload", choices=["micro", "pressure", "tree", "none"], default="micro")
+    parser.add_argument("--workload", choices=list(WORKLOADS), default="micro")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--skip-peer", action="store_true", help="time batchrun alone")
