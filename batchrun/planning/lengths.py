@@ -1,7 +1,7 @@
 """How many tokens an answer is expected to have.
 
-In order of trust: a length that is known exactly; a hint on the line; the lengths of the answers seen so far, of the
-same prefix-sharing group before the job's; a first guess. Never more than the request's limit.
+In order of trust: a length that is known exactly; a hint on the line; the lengths of the answers seen so far, those of
+the same prefix-sharing group weighing most; a first guess. Never more than the request's limit.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Ints = npt.NDArray[np.integer[Any]]
 FIRST_GUESS = 256
 _MARGIN = 1.15  # on means: an answer that outgrows its estimate may have to be computed again
 _WIDEST_MARGIN = 2.0
-_ENOUGH = 8  # answers of a group before its mean is taken for it
+_PRIOR = 4  # answers of a group that weigh as much as what is known of the requests around it
 _REMEMBERED = 2048  # answers that the conditional mean looks at (Tokasaurus)
 
 
@@ -40,7 +40,9 @@ class OutputLengths:
         # One place for each group, and the last one for the job.
         count = len(groups) if groups is not None else 0
         self._group = groups.request_group if groups is not None else np.full(len(requests), -1, dtype=np.int32)
-        self._parent = groups.parent if groups is not None else np.empty(0, dtype=np.int32)
+        # The groups from the root down to each one; [-1] is that of a request without any.
+        path = groups.path if groups is not None else np.empty((0, 0), dtype=np.int32)
+        self._path = np.concatenate((path, np.full((1, path.shape[1]), -1, dtype=np.int32)))
         self._seen = np.zeros(count + 1, dtype=np.int64)
         self._tokens = np.zeros(count + 1, dtype=np.int64)
         self._recent = np.zeros(_REMEMBERED, dtype=np.int32)
@@ -57,22 +59,22 @@ class OutputLengths:
         self._sorted = None
         self._seen[-1] += lengths.size
         self._tokens[-1] += lengths.sum()
-        group = self._group[requests]
-        while (group >= 0).any():
-            lengths, group = lengths[group >= 0], group[group >= 0]
-            np.add.at(self._seen, group, 1)
-            np.add.at(self._tokens, group, lengths)
-            group = self._parent[group]
+        for path in self._path[self._group[requests]].T:
+            np.add.at(self._seen, path[path >= 0], 1)
+            np.add.at(self._tokens, path[path >= 0], lengths[path >= 0])
 
     def expected(self, requests: Ints | slice = slice(None)) -> Int32:
         """Expected tokens of answers not begun, int32, at least 1 and at most their limits."""
         limit = self._limit[requests]
         if self._seen[-1]:
-            # The deepest group that has seen enough, else the job; [-1] is the job's place.
-            group = self._group[requests].copy()
-            while (poor := (group >= 0) & (self._seen[group] < _ENOUGH)).any():
-                group[poor] = self._parent[group[poor]]
-            guess = (self._margin * self._tokens[group] / self._seen[group]).astype(np.int32) + 1
+            # From the job's mean down to that of the deepest group, each drawn towards the one above it.
+            mean = np.full(limit.shape, self._tokens[-1] / self._seen[-1])
+            group = self._group[requests]
+            for path in self._path[group].T:
+                inside = path >= 0
+                seen, tokens = self._seen[path[inside]], self._tokens[path[inside]]
+                mean[inside] = (tokens + _PRIOR * mean[inside]) / (seen + _PRIOR)
+            guess = (self._margin * mean).astype(np.int32) + 1
         else:
             guess = np.full(limit.shape, self._first_guess, dtype=np.int32)
         hint = self._hint[requests]

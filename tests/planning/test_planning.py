@@ -17,7 +17,7 @@ from batchrun.intake import Intake
 from batchrun.planning.cost import CostModel
 from batchrun.planning.lengths import OutputLengths
 from batchrun.planning.memory import MemoryBudget, make_budget
-from batchrun.planning.order import ORDERS
+from batchrun.planning.order import ORDERS, _dual_scan
 from batchrun.planning.planner import Plan, PlanOptions, fit_to_pool, make_plan, pages_needed
 from batchrun.prefix.forest import build_forest
 from batchrun.prepare import plan_what_fits
@@ -111,6 +111,41 @@ def test_lengths_are_exact_or_guessed_or_learnt():
     assert 4 < guess < 10  # near the mean seen, with a margin above it
 
 
+def test_a_group_is_believed_the_more_the_more_it_has_seen():
+    prompts = [[7, 7, 7, i] for i in range(20)] + [[9, 9, 9, i] for i in range(20)] + [[5]]
+    requests = make_requests(prompts, [1000] * 41)
+    lengths = OutputLengths(requests, plan_of(requests).groups)
+    lengths.observe(np.arange(16), np.full(16, 10))
+    lengths.observe(np.arange(20, 22), np.full(2, 100))
+    of_short, of_long, alone = lengths.expected(np.array([18, 38, 40])).tolist()
+    job = (16 * 10 + 2 * 100) / 18
+    assert 10 <= of_short < alone < of_long < 100
+    assert job <= alone <= 1.3 * job
+    lengths.observe(np.arange(22, 36), np.full(14, 100))
+    assert 90 <= lengths.expected(np.array([38]))[0] <= 130
+
+
+def test_a_hint_is_believed_before_what_was_seen_and_never_beyond_the_limit():
+    requests = make_requests([[1], [2], [3]], [50, 50, 50])
+    requests.expected_tokens = np.array([7, 0, 90], dtype=np.int32)
+    lengths = OutputLengths(requests, first_guess=30)
+    assert lengths.expected().tolist() == [7, 30, 50]
+    lengths.observe(np.array([1]), np.array([20]))
+    assert lengths.expected()[[0, 2]].tolist() == [7, 50]
+
+
+def test_an_answer_that_outgrew_its_estimate_is_expected_to_be_as_long_as_those_that_are_longer():
+    requests = make_requests([[i] for i in range(1, 12)], [1000] * 11)
+    lengths = OutputLengths(requests)
+    assert lengths.longer(np.array([10]), np.array([40])).tolist() == [60]  # nothing seen: half as much again
+    lengths.observe(np.arange(10), np.array([10, 10, 10, 10, 10, 10, 50, 60, 70, 200]))
+    past_20, past_70, past_all = lengths.longer(np.array([10, 10, 10]), np.array([20, 70, 300])).tolist()
+    assert 95 <= past_20 <= 120  # the mean of 50, 60, 70 and 200 is 95
+    assert 200 <= past_70 <= 240
+    assert past_all == 450
+    assert lengths.longer(np.array([10]), np.array([999])).tolist() == [1000]
+
+
 @pytest.mark.parametrize("extra", [{"stop": ("x",)}, {"stop_token_ids": (5,)}])
 def test_a_length_is_not_exact_where_a_stop_can_end_the_answer(extra):
     requests = make_requests([[1]], [9])
@@ -128,7 +163,7 @@ def test_every_order_admits_every_request_once(order, requests):
     assert sorted(plan_of(requests, order).order.tolist()) == list(range(len(requests)))
 
 
-@pytest.mark.parametrize("order", ["dfs", "decode_ratio"])
+@pytest.mark.parametrize("order", ["dfs", "decode_ratio", "density"])
 @QUICK
 @given(requests=jobs())
 def test_the_readers_of_every_prefix_are_neighbours(order, requests):
@@ -154,6 +189,72 @@ def test_decode_ratio_starts_with_what_decodes_most_for_its_prefill():
     assert plan_of(requests, "decode_ratio").order.tolist() == [1, 4, 2, 0, 3]
     assert plan_of(requests, "dfs").order.tolist() == [0, 3, 2, 1, 4]
     assert plan_of(requests, "input").order.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_density_mixes_what_computes_with_what_decodes():
+    """Eight long prompts with short answers and eight short prompts with long ones: neither kind is left to the end."""
+    prompts = [[i] * (60 if i % 2 else 2) for i in range(16)]
+    requests = make_requests(prompts, [2 if i % 2 else 60 for i in range(16)], ignore_eos=True)
+    kinds = [request % 2 for request in plan_of(requests, "density").order.tolist()]
+    memory = np.array([(60 + 1) * 2 if kind else (2 + 30) * 60 for kind in kinds])
+    prefill = np.array([60 if kind else 2 for kind in kinds])
+    # Both have begun by the time that a third of the KV memory has been used, and both go on to the end of it.
+    third = np.searchsorted(np.cumsum(memory), memory.sum() / 3) + 1
+    assert set(kinds[:third]) == {0, 1}
+    decode_first = plan_of(requests, "decode_ratio").order.tolist()
+    assert [request % 2 for request in decode_first] == [0] * 8 + [1] * 8
+    assert prefill[:8].sum() > 8 * 2
+
+
+@given(
+    st.lists(st.floats(0.01, 100), min_size=1, max_size=30),
+    st.lists(st.floats(0.1, 10), min_size=30, max_size=30),
+)
+def test_a_dual_scan_takes_every_block_once_and_from_the_ends(density, memory):
+    dense = np.sort(np.array(density))[::-1]
+    weight = np.array(memory[: dense.size])
+    turn = _dual_scan(dense, weight, float((dense * weight).sum() / weight.sum()))
+    assert sorted(turn.tolist()) == list(range(dense.size))
+    last = int(np.argmax(turn))  # where both ends meet
+    assert (np.diff(turn[: last + 1]) > 0).all()
+    assert (np.diff(turn[last:]) < 0).all()
+
+
+def test_a_probe_goes_first_and_has_only_answers_of_unknown_length():
+    requests = make_requests([[i % 5, i] for i in range(400)], [50] * 400)
+    requests.sampling = [SamplingParams(), SamplingParams(ignore_eos=True)]
+    requests.sampling_id[:200] = 1
+    plan = plan_of(requests, probe=0.1)
+    assert 5 <= plan.probe <= 40
+    assert (plan.order[: plan.probe] >= 200).all()
+    assert sorted(plan.order.tolist()) == list(range(400))
+    assert plan_of(requests).probe == 0
+
+
+def test_what_a_probe_shows_orders_the_rest():
+    """Groups whose answers turn out to be long go first, though nothing told so before."""
+    prompts = [[g] * 8 + [100 + i] for g in range(6) for i in range(120)]
+    requests = make_requests(prompts, [64] * 720)
+    long = np.arange(720) // 120 == 4
+    answers = np.where(long, 64, 2).astype(np.int32)
+    plan = plan_of(requests, "decode_ratio", memory=budget(24), probe=0.03, step_tokens=32)
+    started: list[int] = []
+    scheduler = Scheduler(plan, requests)
+    run_loop(
+        scheduler,
+        SimulatedWorker(answers),
+        on_step=lambda step, output: started.extend(step.request[(step.request >= 0) & (step.start == 0)].tolist()),
+    )
+    assert sorted(set(started)) == list(range(720))
+    probe = set(plan.order[: plan.probe].tolist())
+    after = [request for request in dict.fromkeys(started) if request not in probe]
+    # Some had to be let in while the probe's last answers were to come; the first after them are the long ones.
+    place = {request: i for i, request in enumerate(after)}
+    waiting = [r for r in range(720) if r not in probe]
+    mean = {kind: np.mean([place[r] for r in waiting if long[r] == kind]) for kind in (True, False)}
+    unordered = plan.order[plan.probe :].tolist()
+    before = np.mean([unordered.index(r) for r in waiting if long[r]])
+    assert mean[True] < before
 
 
 def test_shuffle_hangs_on_the_seed_alone():
