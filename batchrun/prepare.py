@@ -206,7 +206,8 @@ def simulate(prepared: Prepared, most: int = SIMULATED) -> Simulated:
 def _part(prepared: Prepared, most: int) -> tuple[Prepared, npt.NDArray[np.int64]]:
     """Some lines of a job, drawn by whole groups, planned as the job is; and which requests they have."""
     requests, groups, options = prepared.requests, prepared.plan.groups, prepared.plan.options
-    unit = units(groups)[0]
+    budget = prepared.plan.budget
+    unit = units(groups, budget.pages * budget.page_size)[0]
     names, of_request, sizes = np.unique(unit, return_inverse=True, return_counts=True)
     drawn = np.random.default_rng(0).permutation(names.size)
     inside = np.zeros(names.size, dtype=bool)

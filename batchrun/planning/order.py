@@ -1,12 +1,15 @@
 """In which order requests are admitted: plain functions by name. A new idea is a function and a line.
 
-Shape letters: R requests, U units. A **unit** is an outermost group with all requests below it, or a request without a
-group; every order but the controls keeps units together, and within a unit the order of the forest.
+Shape letters: R requests, G groups, U units. A **unit** is a group with all requests below it, or a request alone;
+every order but the controls keeps units together, and within a unit the order of the forest. Units are the outermost
+groups, but for short headers that a large part of the job shares: those stay in memory whatever the order, and the
+groups below them are what is put in order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,48 +21,63 @@ Int64 = npt.NDArray[np.int64]
 
 AUTO = "auto"  # no order of its own: the one whose simulation is shortest
 _BLOCKS = 1 << 14  # of units at most that the dual scan looks at one by one
+_LARGE = 1 / 32  # share of the requests from which on a group is a large part of the job
+_SHORT = 1 / 16  # share of the pool up to which a prefix is a short header
 
 
-def _input(groups: PrefixGroups, prompt: Int32, new: Int32, costs: GroupCosts, seed: int) -> Int32:
+class OrderContext(NamedTuple):
+    """What an order may look at beside the requests.
+
+    Attributes:
+        costs: what computing and reading cost.
+        pool_tokens: KV tokens that the pool holds.
+        seed: of the run.
+    """
+
+    costs: GroupCosts
+    pool_tokens: int
+    seed: int
+
+
+def _input(groups: PrefixGroups, prompt: Int32, new: Int32, context: OrderContext) -> Int32:
     """`input`: as the job file has them; a control."""
     return np.arange(prompt.size, dtype=np.int32)
 
 
-def _shuffle(groups: PrefixGroups, prompt: Int32, new: Int32, costs: GroupCosts, seed: int) -> Int32:
+def _shuffle(groups: PrefixGroups, prompt: Int32, new: Int32, context: OrderContext) -> Int32:
     """`shuffle`: at random, by the run's seed; a control."""
-    return np.random.default_rng(seed).permutation(prompt.size).astype(np.int32)
+    return np.random.default_rng(context.seed).permutation(prompt.size).astype(np.int32)
 
 
-def _dfs(groups: PrefixGroups, prompt: Int32, new: Int32, costs: GroupCosts, seed: int) -> Int32:
+def _dfs(groups: PrefixGroups, prompt: Int32, new: Int32, context: OrderContext) -> Int32:
     """`dfs`: forest order, so that the readers of every prefix run together."""
     return np.argsort(groups.request_rank).astype(np.int32)
 
 
-def _decode_ratio(groups: PrefixGroups, prompt: Int32, new: Int32, costs: GroupCosts, seed: int) -> Int32:
+def _decode_ratio(groups: PrefixGroups, prompt: Int32, new: Int32, context: OrderContext) -> Int32:
     """`decode_ratio`: units by decode : prefill tokens, highest first (BatchLLM, arXiv 2412.03594, section 4.2), so
     that decode tokens of early units mix with prefill chunks of later ones.
     """
-    unit, count = units(groups)
+    unit, count = units(groups, context.pool_tokens)
     decode = np.bincount(unit, weights=new, minlength=count)
-    return _by_unit(groups, unit, -decode / np.maximum(_rows(groups, prompt, unit, count), 1))
+    return _by_unit(groups, unit, -decode / np.maximum(_rows(groups, prompt, unit, count, context.pool_tokens), 1))
 
 
-def _density(groups: PrefixGroups, prompt: Int32, new: Int32, costs: GroupCosts, seed: int) -> Int32:
+def _density(groups: PrefixGroups, prompt: Int32, new: Int32, context: OrderContext) -> Int32:
     """`density`: dual scan (BlendServe, arXiv 2411.16102): units sorted by compute : memory time are taken from both
     ends, so that those that compute much and those that read much KV are under way together, each in the share of
     the KV memory at which the mix is as dense as the whole job.
     """
-    unit, count = units(groups)
+    unit, count = units(groups, context.pool_tokens)
     own = prompt - groups.request_depth
-    compute = costs.row * (_rows(groups, prompt, unit, count) + np.bincount(unit, weights=new, minlength=count))
+    computed = _rows(groups, prompt, unit, count, context.pool_tokens) + np.bincount(unit, weights=new, minlength=count)
+    compute = context.costs.row * computed
     # KV tokens held, summed over steps: by each request while it decodes, and by its prefixes as long as anyone does.
     held = np.bincount(unit, weights=(own + new / 2) * new, minlength=count).astype(np.float64)
     longest = np.zeros(count)
     np.maximum.at(longest, unit, new)
-    if len(groups):
-        prefix = np.bincount(groups.path[:, 0], weights=groups.length, minlength=len(groups))
-        held[: len(groups)] += prefix * longest[: len(groups)]
-    memory = np.maximum(costs.kv_token * held, np.finfo(float).tiny)
+    held += _prefix_tokens(groups, count, context.pool_tokens) * longest
+    memory = np.maximum(context.costs.kv_token * held, np.finfo(float).tiny)
     # The scan goes over blocks of units of similar density where there are very many.
     used = np.flatnonzero(np.bincount(unit, minlength=count))
     by_density = used[np.argsort(-compute[used] / memory[used], kind="stable")]
@@ -108,21 +126,38 @@ def _dual_scan(density: npt.NDArray[np.float64], memory: npt.NDArray[np.float64]
     return turn
 
 
-def units(groups: PrefixGroups) -> tuple[Int64, int]:
+def units(groups: PrefixGroups, pool_tokens: int) -> tuple[Int64, int]:
     """The unit of each request, int64 `[R]`, and how many numbers there are: groups first, then requests."""
     requests = np.arange(groups.request_group.size)
+    of_group = np.append(_unit_of_group(groups, pool_tokens), -1)[groups.request_group]
+    return np.where(of_group >= 0, of_group, len(groups) + requests), len(groups) + requests.size
+
+
+def _unit_of_group(groups: PrefixGroups, pool_tokens: int) -> Int64:
+    """The unit that each group belongs to, int64 `[G]`: the outermost group above it that is no header; -1 for a
+    header."""
     if not len(groups):
-        return requests, requests.size
-    root = np.where(groups.request_group >= 0, groups.path[groups.request_group, 0], -1)
-    return np.where(root >= 0, root, len(groups) + requests), len(groups) + requests.size
+        return np.empty(0, dtype=np.int64)
+    large = groups.requests > max(_LARGE * groups.request_group.size, 2)
+    header = large & (groups.depth + groups.length <= _SHORT * pool_tokens)
+    # Below a group that is no header there are none: each path is headers, then a unit and what is in it.
+    inside = np.where(groups.path >= 0, ~header[groups.path], False)
+    first = inside.argmax(axis=1)
+    rows = np.arange(len(groups))
+    return np.where(inside[rows, first], groups.path[rows, first], -1).astype(np.int64)
 
 
-def _rows(groups: PrefixGroups, prompt: Int32, unit: Int64, count: int) -> npt.NDArray[np.float64]:
+def _prefix_tokens(groups: PrefixGroups, count: int, pool_tokens: int) -> npt.NDArray[np.float64]:
+    """Tokens of the groups of each unit, float64 `[U]`."""
+    unit = _unit_of_group(groups, pool_tokens)
+    inside = unit >= 0
+    return np.bincount(unit[inside], weights=groups.length[inside], minlength=count).astype(np.float64)
+
+
+def _rows(groups: PrefixGroups, prompt: Int32, unit: Int64, count: int, pool_tokens: int) -> npt.NDArray[np.float64]:
     """Prompt rows that each unit computes, float64 `[U]`."""
-    rows = np.bincount(unit, weights=prompt - groups.request_depth, minlength=count).astype(np.float64)
-    if len(groups):
-        rows[: len(groups)] += np.bincount(groups.path[:, 0], weights=groups.length, minlength=len(groups))
-    return rows
+    own = np.bincount(unit, weights=prompt - groups.request_depth, minlength=count)
+    return own + _prefix_tokens(groups, count, pool_tokens)
 
 
 def _by_unit(groups: PrefixGroups, unit: Int64, key: npt.NDArray[np.float64]) -> Int32:
@@ -132,7 +167,7 @@ def _by_unit(groups: PrefixGroups, unit: Int64, key: npt.NDArray[np.float64]) ->
     return np.lexsort((groups.request_rank, first[unit], key[unit])).astype(np.int32)
 
 
-Order = Callable[[PrefixGroups, Int32, Int32, GroupCosts, int], Int32]
+Order = Callable[[PrefixGroups, Int32, Int32, OrderContext], Int32]
 
 ORDERS: dict[str, Order] = {
     "input": _input,

@@ -11,7 +11,7 @@ from batchrun.errors import UsageError
 from batchrun.planning.cost import CostModel
 from batchrun.planning.lengths import FIRST_GUESS, OutputLengths
 from batchrun.planning.memory import MemoryBudget
-from batchrun.planning.order import AUTO, ORDERS, choose_probe
+from batchrun.planning.order import AUTO, ORDERS, OrderContext, choose_probe
 from batchrun.prefix.forest import PrefixForest
 from batchrun.prefix.groups import GROUPINGS, GroupCosts, PrefixGroups, choose_groups
 from batchrun.request import Requests
@@ -113,7 +113,8 @@ def order_requests(plan: Plan, requests: Requests, expected_new_tokens: npt.NDAr
     options = plan.options
     order = ORDERS["dfs" if options.schedule_order == AUTO else options.schedule_order]
     prompt = requests.tokens.lengths.astype(np.int32)
-    return order(plan.groups, prompt, expected_new_tokens, plan.costs, options.seed)
+    context = OrderContext(plan.costs, plan.budget.pages * plan.budget.page_size, options.seed)
+    return order(plan.groups, prompt, expected_new_tokens, context)
 
 
 def _most_pages(groups: PrefixGroups, requests: Requests, budget: MemoryBudget) -> int:

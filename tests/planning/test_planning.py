@@ -17,7 +17,7 @@ from batchrun.intake import Intake
 from batchrun.planning.cost import CostModel
 from batchrun.planning.lengths import OutputLengths
 from batchrun.planning.memory import MemoryBudget, make_budget
-from batchrun.planning.order import ORDERS, _dual_scan
+from batchrun.planning.order import ORDERS, _dual_scan, _unit_of_group
 from batchrun.planning.planner import Plan, PlanOptions, fit_to_pool, make_plan, pages_needed
 from batchrun.prefix.forest import build_forest
 from batchrun.prepare import plan_what_fits
@@ -171,7 +171,9 @@ def test_the_readers_of_every_prefix_are_neighbours(order, requests):
     place = np.empty(len(requests), dtype=int)
     place[plan.order] = np.arange(len(requests))
     groups = plan.groups
-    for group in range(len(groups)):
+    unit = _unit_of_group(groups, plan.budget.pages * plan.budget.page_size)
+    # A header of the whole job is always in memory, so that its readers may be apart.
+    for group in range(len(groups)) if order == "dfs" else np.flatnonzero(unit >= 0).tolist():
         readers = [r for r in range(len(requests)) if group in path(groups, int(groups.request_group[r]))]
         assert len(readers) == groups.requests[group]
         assert np.ptp(place[readers]) == len(readers) - 1
@@ -189,6 +191,16 @@ def test_decode_ratio_starts_with_what_decodes_most_for_its_prefill():
     assert plan_of(requests, "decode_ratio").order.tolist() == [1, 4, 2, 0, 3]
     assert plan_of(requests, "dfs").order.tolist() == [0, 3, 2, 1, 4]
     assert plan_of(requests, "input").order.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_header_of_the_whole_job_is_no_unit():
+    """All share four tokens, and then one of two prefixes: the two are put in order, whatever the header."""
+    prompts = [[1, 1, 1, 1] + [2 + g] * 6 + [20 + i] for i in range(8) for g in range(2)]
+    requests = make_requests(prompts, [2 if i % 2 == 0 else 20 for i in range(16)], ignore_eos=True)
+    order = plan_of(requests, "decode_ratio").order
+    assert (order[:8] % 2 == 1).all()  # the group that decodes most goes first
+    small = plan_of(requests, "decode_ratio", memory=budget(12)).order  # where the header is no small part of the pool
+    assert small.tolist() == plan_of(requests, "dfs").order.tolist()
 
 
 def test_density_mixes_what_computes_with_what_decodes():

@@ -1,0 +1,68 @@
+"""Forecasts from the bundled job: orders compared, and a part of a job that stands for the whole."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from batchrun.config import load_config
+from batchrun.formats.job import open_job, read_job
+from batchrun.planning.order import CANDIDATES
+from batchrun.prepare import Prepared, choose_order, estimate, prepare, simulate
+from batchrun.request import JobLine
+from batchrun.subject import Subject
+
+JOB = Path(__file__).resolve().parent.parent / "configs" / "demo" / "job.jsonl"
+
+
+def prepared(**options: object) -> Prepared:
+    config = load_config(model="demo", device="cpu", dtype="float32", **options)
+    subject = Subject.resolve(config, weights=False)
+    lines = (line for line in islice(read_job(open_job(str(JOB))), config.limit) if isinstance(line, JobLine))
+    return prepare(subject, lines, config)
+
+
+def test_auto_takes_the_order_that_is_shortest_in_simulation():
+    # Memory for two of the twelve tables, so that an order that scatters their readers computes them again and again.
+    job = prepared(kv_memory="1200KB", scheduler={"step_tokens": 64})
+    chosen, tried = choose_order(job)
+    assert sorted(order.name for order in tried) == sorted(CANDIDATES)
+    by_name = {order.name: order for order in tried}
+    fastest = min(order.seconds for order in tried)
+    assert chosen.plan.options.schedule_order == tried[0].name
+    assert tried[0].seconds <= 1.006 * fastest
+    assert by_name["input"].evictions > 0
+    assert by_name["input"].seconds > 1.1 * tried[0].seconds
+    assert sorted(chosen.plan.order.tolist()) == list(range(480))
+    # What was found for the order is what the chosen plan comes to.
+    assert simulate(chosen).seconds == pytest.approx(tried[0].seconds)
+
+
+def test_an_order_that_was_given_stands():
+    job = prepared(schedule_order="shuffle", limit=20)
+    same, tried = choose_order(job)
+    assert same is job
+    assert tried == ()
+
+
+def test_a_part_of_a_job_stands_for_the_whole():
+    job, _ = choose_order(prepared(kv_memory="1200KB"))
+    whole, part = simulate(job), simulate(job, 160)
+    assert whole.requests == 480
+    assert whole.scale == 1
+    assert 40 < part.requests <= 160
+    assert part.seconds == pytest.approx(whole.seconds, rel=0.2)
+    assert (part.first_step >= 0).sum() == part.requests
+    simulated = part.first_step >= 0
+    assert np.array_equal(simulated, part.last_step >= 0)
+    assert (part.first_step[simulated] <= part.last_step[simulated]).all()
+    # By whole groups: of a table either all questions were simulated or none.
+    table = np.array([custom_id.split("-")[0] for custom_id in job.requests.custom_ids])
+    assert {simulated[table == name].mean() for name in np.unique(table)} == {0.0, 1.0}
+    expected = estimate(job, part)
+    assert expected.requests == part.requests
+    assert expected.low <= expected.seconds <= expected.high
+    assert 0 < expected.bound <= expected.seconds
