@@ -23,11 +23,15 @@ def resolve_device(device: str) -> str:
     return "cpu"
 
 
-def resolve_dtype(dtype: str, checkpoint_dtype: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The dtype that `--dtype` stands for: `auto` on a CPU is bfloat16 where the checkpoint is a half type and the
-    processor computes in bfloat16, else float32."""
+def resolve_dtype(
+    dtype: str, checkpoint_dtype: str, device: str = "cpu", *, cpuinfo: Path = Path("/proc/cpuinfo")
+) -> str:
+    """The dtype that `--dtype` stands for: `auto` is the checkpoint's on a GPU; on a CPU it is bfloat16 where the
+    checkpoint is a half type and the processor computes in bfloat16, else float32."""
     if dtype != "auto":
         return dtype
+    if device == "cuda":
+        return checkpoint_dtype
     half = DTYPE_BYTES.get(checkpoint_dtype, 4) == 2
     return "bfloat16" if half and _has_bfloat16(cpuinfo) else "float32"
 

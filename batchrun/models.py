@@ -114,7 +114,9 @@ def load_device_spec(name: str) -> DeviceSpec:
     memory = parse_size(entry["memory"]) if "memory" in entry else _host_memory()
     return DeviceSpec(
         name,
-        memory,
+        kind=entry["kind"],
+        memory_bytes=memory,
+        kv_share=entry["kv_share"],
         page_size=entry["page_size"],
         step_tokens=entry["step_tokens"],
         flops=entry["flops"],

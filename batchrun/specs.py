@@ -95,8 +95,11 @@ class DeviceSpec:
     """What planning needs to know of a device.
 
     Attributes:
-        name: `cpu`, or the device file's name.
+        name: the device file's name.
+        kind: `cpu` or `cuda`.
         memory_bytes: memory that weights, KV and activations share.
+        kv_share: share of the memory that weights leave which is taken for KV unless the user says how much; the rest
+            is for activations, and on a CPU for the host and its neighbours.
         page_size: KV allocation unit in tokens.
         step_tokens: rows a step at which matrix products saturate the device.
         flops: peak of matrix operations a second, by dtype.
@@ -107,7 +110,9 @@ class DeviceSpec:
     """
 
     name: str
+    kind: str
     memory_bytes: int
+    kv_share: float
     page_size: int
     step_tokens: int
     flops: Mapping[str, float]

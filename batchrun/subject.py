@@ -15,7 +15,7 @@ import orjson
 from batchrun.config import RunConfig
 from batchrun.devices import resolve_device, resolve_dtype
 from batchrun.errors import UsageError
-from batchrun.models import ModelDir, read_model_spec, resolve_model
+from batchrun.models import ModelDir, load_device_spec, read_model_spec, resolve_model
 from batchrun.specs import ModelSpec
 from batchrun.supported import check_supported
 
@@ -40,14 +40,23 @@ class Subject:
         model = resolve_model(config.model, config.revision, weights=weights)
         spec, model_config, generation_config = read_model_spec(model.path)
         check_supported(model_config)
+        device = resolve_device(config.device)
+        if config.device_spec is not None:
+            kind = load_device_spec(config.device_spec).kind
+            if weights and kind != device:
+                raise UsageError(
+                    f"A run on the {device} cannot be planned with the figures of {config.device_spec}.",
+                    hint="device_spec = ... is for batchrun plan; leave it out here.",
+                )
+            device = kind
         return cls(
             name=config.model,
             model=model,
             spec=spec,
             config=model_config,
             generation_config=generation_config,
-            device=resolve_device(config.device),
-            dtype=resolve_dtype(config.dtype, spec.checkpoint_dtype),
+            device=device,
+            dtype=resolve_dtype(config.dtype, spec.checkpoint_dtype, device),
             environment=_environment(),
         )
 

@@ -13,7 +13,16 @@ from batchrun.specs import DeviceSpec, ModelSpec
 from batchrun.tokens import TokenTable
 
 # Rows are dear and merges cheap, so that small jobs share on all levels.
-DEVICE = DeviceSpec("cpu", memory_bytes=1 << 30, page_size=16, step_tokens=64, flops={"float32": 1e11}, bandwidth=1e10)
+DEVICE = DeviceSpec(
+    "cpu",
+    "cpu",
+    memory_bytes=1 << 30,
+    kv_share=0.5,
+    page_size=16,
+    step_tokens=64,
+    flops={"float32": 1e11},
+    bandwidth=1e10,
+)
 DEAR_ROWS = CostModel(ModelSpec("llama", 50, 4096, 16384, 1, 1, 1, 1, 4096, None, "float32"), DEVICE, "float32")
 
 

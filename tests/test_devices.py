@@ -25,7 +25,7 @@ def test_cuda_is_refused_with_the_next_move():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("checkpoint", ["float32", "bfloat16"])
 def test_a_dtype_that_is_asked_for_is_taken(dtype, checkpoint, tmp_path):
-    assert resolve_dtype(dtype, checkpoint, tmp_path / "missing") == dtype
+    assert resolve_dtype(dtype, checkpoint, cpuinfo=tmp_path / "missing") == dtype
 
 
 @pytest.mark.parametrize(
@@ -46,8 +46,13 @@ def test_a_dtype_that_is_asked_for_is_taken(dtype, checkpoint, tmp_path):
 def test_auto_is_a_half_type_only_where_checkpoint_and_processor_have_one(checkpoint, cpuinfo, expected, tmp_path):
     file = tmp_path / "cpuinfo"
     file.write_text(cpuinfo)
-    assert resolve_dtype("auto", checkpoint, file) == expected
+    assert resolve_dtype("auto", checkpoint, cpuinfo=file) == expected
 
 
 def test_auto_is_float32_where_the_processor_cannot_be_asked(tmp_path):
-    assert resolve_dtype("auto", "bfloat16", tmp_path / "missing") == "float32"
+    assert resolve_dtype("auto", "bfloat16", cpuinfo=tmp_path / "missing") == "float32"
+
+
+@pytest.mark.parametrize("checkpoint", ["bfloat16", "float16", "float32"])
+def test_a_gpu_computes_in_the_dtype_of_the_checkpoint(checkpoint):
+    assert resolve_dtype("auto", checkpoint, "cuda") == checkpoint

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from batchrun.config import load_config
+from batchrun.errors import UsageError
 from batchrun.formats.job import open_job, read_job
 from batchrun.planning.order import CANDIDATES
 from batchrun.prepare import Prepared, choose_order, estimate, prepare, simulate
@@ -19,7 +20,7 @@ JOB = Path(__file__).resolve().parent.parent / "configs" / "demo" / "job.jsonl"
 
 
 def prepared(**options: object) -> Prepared:
-    config = load_config(model="demo", device="cpu", dtype="float32", **options)
+    config = load_config(model="demo", **({"dtype": "float32"} | options))
     subject = Subject.resolve(config, weights=False)
     lines = (line for line in islice(read_job(open_job(str(JOB))), config.limit) if isinstance(line, JobLine))
     return prepare(subject, lines, config)
@@ -66,3 +67,21 @@ def test_a_part_of_a_job_stands_for_the_whole():
     assert expected.requests == part.requests
     assert expected.low <= expected.seconds <= expected.high
     assert 0 < expected.bound <= expected.seconds
+
+
+@pytest.mark.parametrize("device", ["h200", "h100", "a100"])
+def test_a_plan_for_a_device_that_is_not_here(device):
+    job = prepared(device_spec=device, dtype="auto")
+    expected = estimate(job, simulate(job))
+    assert expected.device == device
+    assert not expected.calibrated
+    assert "data sheet" in expected.hardware
+    assert expected.low == pytest.approx(expected.bound, rel=0.3)
+    assert expected.low < expected.seconds < expected.high
+
+
+def test_a_run_is_not_planned_with_the_figures_of_a_gpu_that_is_not_here():
+    with pytest.raises(UsageError, match="figures of h200"):
+        Subject.resolve(load_config(model="demo", device_spec="h200"), weights=True)
+    with pytest.raises(UsageError, match="h200"):
+        Subject.resolve(load_config(model="demo", device_spec="h20"), weights=False)

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from batchrun.specs import DeviceSpec, ModelSpec
 
-_KV_SHARE = 0.5  # of the memory that the weights leave; the rest is for activations, the host and its neighbours
-
 
 @dataclass(frozen=True, slots=True)
 class MemoryBudget:
@@ -40,12 +38,12 @@ def make_budget(
     """Share out the memory of a device.
 
     Args:
-        kv_memory: bytes for KV as the user set them, or None for a half of what the weights leave.
+        kv_memory: bytes for KV as the user set them, or None for the device's share of what the weights leave.
         page_size: in tokens; None for the device's.
     """
     size = page_size or device.page_size
     page_bytes = size * model.kv_bytes_per_token(dtype)
     weights = model.weight_bytes(dtype)
     if kv_memory is None:
-        kv_memory = int(_KV_SHARE * max(device.memory_bytes - weights, 0))
+        kv_memory = int(device.kv_share * max(device.memory_bytes - weights, 0))
     return MemoryBudget(page_size=size, pages=kv_memory // page_bytes, page_bytes=page_bytes, weight_bytes=weights)
