@@ -1,14 +1,17 @@
 """What a step costs: its work in countable units, and the price of that work on a device.
 
 `Work` adds: the work of a job is the sum of the work of its steps, so that the price of a step and the bound of a job
-are one formula.
+are one formula. Fitted prices add too, also where one might expect the longer of computing and reading weights: on the
+CPU a packed matrix product of few rows takes, as measured, the time to read its weights plus a time for each row.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from operator import add, attrgetter, mul
 from typing import NamedTuple
 
+from batchrun.errors import UsageError
 from batchrun.prefix.groups import GroupCosts
 from batchrun.specs import COST_UNITS, DTYPE_BYTES, DeviceSpec, ModelSpec
 
@@ -44,7 +47,11 @@ class Work:
     merges: int = 0
 
     def __add__(self, other: Work) -> Work:
-        return Work(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Work)))
+        return Work(*map(add, _counts(self), _counts(other)))
+
+
+_COUNTS = tuple(field.name for field in fields(Work))
+_counts = attrgetter(*_COUNTS)
 
 
 class Bound(NamedTuple):
@@ -75,6 +82,9 @@ class CostModel:
     Attributes:
         fitted: whether the constants were measured.
         error: mean absolute error of the fit over steps, as a share; 0 where nothing was fitted.
+
+    Raises:
+        UsageError: the device's file has no peak for the dtype, or its constants are not those that are priced here.
     """
 
     def __init__(self, model: ModelSpec, device: DeviceSpec, dtype: str) -> None:
@@ -83,11 +93,24 @@ class CostModel:
         self._bytes = DTYPE_BYTES[dtype]
         self._kv_bytes = model.kv_bytes_per_token(dtype)
         self._weights = (model.linear_parameters + model.vocab_size * model.hidden_size) * self._bytes
+        if dtype not in device.flops:
+            raise UsageError(
+                f"The file of device {device.name} has no flops for {dtype}.",
+                hint=f"Choose one of: {', '.join(device.flops)}; or add the peak of {dtype} to the file.",
+            )
         self._flops = device.flops[dtype]
         constants = device.fitted.get(dtype)
         self.fitted = constants is not None
-        self.error = constants["error"] if constants is not None else 0.0
-        self._constants = None if constants is None else tuple(constants[unit] for unit in COST_UNITS)
+        self.error = 0.0
+        if constants is not None:
+            if constants.keys() != {*COST_UNITS, "error"}:
+                raise UsageError(
+                    f"The file of device {device.name} was made for other units of cost.", hint="Run scripts/calibrate."
+                )
+            self.error = constants["error"]
+            prices = [constants[unit] for unit in COST_UNITS]
+            # The units are linear in the counts of `Work`, so that each count has a price of its own.
+            self._prices = [sum(map(mul, prices, self.units(Work(**{count: 1})))) for count in _COUNTS]
 
     def units(self, work: Work) -> tuple[float, ...]:
         """The work in the units of the fitted constants, in the order of `specs.COST_UNITS`."""
@@ -109,15 +132,15 @@ class CostModel:
 
     def seconds(self, work: Work) -> float:
         """Expected seconds of a step, or of many."""
-        if self._constants is None:
+        if not self.fitted:
             return self.bound(work).seconds / _EXPECTED_SHARE
-        return sum(unit * constant for unit, constant in zip(self.units(work), self._constants, strict=True))
+        return sum(map(mul, self._prices, _counts(work)))
 
     def spread(self, seconds: float) -> tuple[float, float]:
         """The range in which an expectation stands: twice the error of the fit to either side, or for a device that
         was not calibrated from its peaks to a third of them."""
         if self.fitted:
-            return seconds * (1 - 2 * self.error), seconds * (1 + 2 * self.error)
+            return seconds / (1 + 2 * self.error), seconds * (1 + 2 * self.error)
         return seconds * _EXPECTED_SHARE, seconds * _EXPECTED_SHARE / _LOW_SHARE
 
     def bound(self, work: Work) -> Bound:
