@@ -34,7 +34,7 @@ class OutputLengths:
     def __init__(self, requests: Requests, groups: PrefixGroups | None = None, first_guess: int = FIRST_GUESS) -> None:
         self.exact = requests.ignore_eos
         self._limit = requests.max_new_tokens
-        self._hint = getattr(requests, "expected_tokens", np.zeros(len(requests), dtype=np.int32))
+        self._hint = requests.expected_tokens
         self._first_guess = first_guess
         self._margin = _MARGIN
         # One place for each group, and the last one for the job.
