@@ -109,7 +109,7 @@ class SchedulerConfig(_Section):
     """How work is cut into steps. None of it changes results."""
 
     grouping: Annotated[str, AfterValidator(_known_grouping)] = Field(
-        default="tree",
+        default="auto",
         description="Which shared prefixes are computed once, by name; it never changes results.",
     )
     step_tokens: int | None = Field(

@@ -5,8 +5,9 @@ end inside what other requests go on from. Identical prompts meet in one node.
 
 Built by rounds over ranges of one permutation (a most-significant-digit radix sort that takes a whole run of
 tokens per round): in each round the requests of a range are sorted by their next token, and each part of two or
-more goes on as far as all of it agrees. All requests of a round are handled in one go by numpy; a token is compared
-at most once, so the work is linear in the tokens that are shared. The number of rounds is the height of the forest.
+more goes on as far as all of it agrees. All requests of a round are handled in one go by numpy. Tokens are compared a
+window at a time, and again only those behind the end of a run in its last window: the work is linear in the tokens that
+are shared. The number of rounds is the height of the forest.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from batchrun.tokens import TokenTable
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 
-_WINDOW = 32  # tokens compared at once
-_BLOCK = 1 << 18  # requests compared at once: bounds the memory of a comparison
+_WINDOW = 128  # tokens compared at once
+_BLOCK = 1 << 18  # tokens read at once while comparing: about what a cache holds
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,8 +189,8 @@ def _common_run(
 ) -> Int64:
     """How many tokens from `depth` on all members of each part have in common, int64 `[parts]`.
 
-    Every member is compared with the first of its part, a window of tokens at a time; a part leaves the comparison
-    as soon as one member differs.
+    Every member is compared with the one before it, a window of tokens at a time; a part leaves the comparison as
+    soon as two members differ.
     """
     run = np.zeros(part.size, dtype=np.int64)
     if not part.size:
@@ -198,27 +199,30 @@ def _common_run(
     limit = np.minimum.reduceat(lengths[in_parts], np.cumsum(part_size) - part_size) - depth
     active = np.arange(part.size)
     while active.size:
-        width = np.minimum(limit[active] - run[active], _WINDOW)
-        agreed = width.copy()
-        # Blocks of parts so that the windows of all their members fit in bounded memory.
-        blocks = np.searchsorted(np.cumsum(part_size[active]), np.arange(_BLOCK, int(part_size[active].sum()), _BLOCK))
-        for chosen in np.split(np.arange(active.size), np.unique(blocks)):
-            if not chosen.size:
-                continue
-            parts = active[chosen]
-            others = part_size[parts] - 1
-            place = _concat_ranges(part[parts] + 1, others)
-            of_part = np.repeat(np.arange(parts.size), others)
-            at = depth[parts] + run[parts]
-            lead = offsets[members[part[parts]]] + at
-            mine = offsets[members[place]] + at[of_part]
-            window = np.arange(_WINDOW)
-            lead_tokens = ids.take(lead[:, None] + window, mode="clip")
-            same = ids.take(mine[:, None] + window, mode="clip") == lead_tokens[of_part]
-            # argmin finds the first difference; a row without any gives the whole window.
-            differs = np.where(same.all(axis=1), _WINDOW, same.argmin(axis=1))
-            first_of_part = np.cumsum(others) - others
-            agreed[chosen] = np.minimum(width[chosen], np.minimum.reduceat(differs, first_of_part))
-        run[active] += agreed
-        active = active[(agreed == _WINDOW) & (run[active] < limit[active])]
+        left = (limit - run)[active]
+        width = min(_WINDOW, int(left.max()))
+        sizes = part_size[active]
+        first = np.cumsum(sizes) - sizes
+        begin = offsets[members[_concat_ranges(part[active], sizes)]] + np.repeat((depth + run)[active], sizes)
+        agreed = np.full(begin.size, width)
+        block = _BLOCK // width
+        for low in range(0, begin.size - 1, block):
+            tokens = _windows(ids, begin[low : low + block + 1], width)
+            same = tokens[1:] == tokens[:-1]
+            # argmin finds the first difference; a pair without any agrees on the whole window.
+            agreed[low + 1 : low + tokens.shape[0]] = np.where(same.all(axis=1), width, same.argmin(axis=1))
+        agreed[first] = width  # the first member of a part has none before it
+        common = np.minimum(np.minimum.reduceat(agreed, first), left)
+        run[active] += common
+        active = active[(common == width) & (common < left)]
     return run
+
+
+def _windows(ids: Int32, begin: Int64, width: int) -> Int32:
+    """`width` tokens from each place in `begin` on, int32 `[begins, width]`; past the end of `ids`, any."""
+    last = ids.size - width
+    # A view of overlapping rows, so that numpy copies a row at a time: many times faster than by token.
+    tokens = np.lib.stride_tricks.sliding_window_view(ids, width)[np.minimum(begin, last)]
+    late = np.flatnonzero(begin > last)
+    tokens[late] = ids.take(begin[late, None] + np.arange(width), mode="clip")
+    return tokens

@@ -2,14 +2,17 @@
 
 A shared prefix never samples, so each request computes at least the last token of its prompt itself, also where
 that token lies in a shared node: it then reads one token less of that node than the others do. A node that is not
-chosen is computed again by each of its children, as part of their own tokens.
+kept is computed again by each of those below it, as part of their own tokens.
+
+On several levels a group extends that of the nearest kept node above it. On a single level each group holds its prefix
+from the first token on, and a request reads the group of the nearest kept node alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +21,13 @@ from batchrun.prefix.forest import PrefixForest
 from batchrun.tokens import TokenTable
 
 Bool = npt.NDArray[np.bool_]
+Floats = npt.NDArray[np.floating[Any]]
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
+
+_ABREAST = 256  # requests that are expected to decode at once
+_LEAST_SAVING = 0.02  # of the time that something takes: less lies within the error of the cost model
+_TIE = 1e-6  # what a node must save at least, in rows, so that rounding keeps none that saves nothing
 
 
 class GroupCosts(NamedTuple):
@@ -45,7 +53,7 @@ class PrefixGroups:
     Shape letters: G groups, R requests, L levels.
 
     Attributes:
-        parent: int32 `[G]`, the group whose prefix this one extends, or -1.
+        parent: int32 `[G]`, the group whose prefix this one extends, or -1: it holds its prefix from the first token.
         start: int64 `[G]`, where the group's own tokens begin in `TokenTable.ids`.
         length: int32 `[G]`, the group's own tokens, at least 1.
         depth: int32 `[G]`, tokens before them.
@@ -54,8 +62,8 @@ class PrefixGroups:
         request_group: int32 `[R]`, the deepest group a request reads, or -1.
         request_depth: int32 `[R]`, tokens of the request's prompt that it reads from groups: all of theirs, or one
             token less than its prompt.
-        rank, request_rank: int32 `[G]` and `[R]`, places in forest order, over groups and requests together: the
-            readers of a group are a range, and follow it.
+        rank, request_rank: int32 `[G]` and `[R]`, places in one order of groups and requests together: the readers of
+            a group, and the groups that extend it, are a range and follow it. Forest order, as far as that goes.
     """
 
     parent: Int32
@@ -71,6 +79,84 @@ class PrefixGroups:
 
     def __len__(self) -> int:
         return self.parent.size
+
+
+@dataclass(frozen=True, slots=True)
+class SharedNodes:
+    """The nodes of a forest that two requests or more pass, and the requests below them, in columns.
+
+    Shape letters: S shared nodes, numbered depth first, R requests.
+
+    Attributes:
+        parent: int32 `[S]`, or -1. A node above a shared one is shared.
+        levels: the nodes of each level, from the roots down.
+        begin: int64 `[S]`, where a prompt that has the node begins in `TokenTable.ids`.
+        end: int32 `[S]`, tokens of such a prompt up to the node's last one that anyone can read: the last token of
+            identical prompts is of no use, unless another prompt goes on from it.
+        below: int64 `[S]`, tokens of all nodes below.
+        requests: int32 `[S]`, requests that pass the node or end in it.
+        first: int32 `[S]`, the place of the first of them in `order`, where they are neighbours.
+        order: int32 `[R]`, the requests in forest order.
+        node: int32 `[R]`, the deepest shared node of each request, or -1.
+        prompt: int64 `[R]`, tokens of each prompt.
+        own: int64 `[R]`, those that no other request has: at least the last one, which has to be computed.
+    """
+
+    parent: Int32
+    levels: list[Int64]
+    begin: Int64
+    end: Int32
+    below: Int64
+    requests: Int32
+    first: Int32
+    order: Int32
+    node: Int32
+    prompt: Int64
+    own: Int64
+
+    def __len__(self) -> int:
+        return self.parent.size
+
+    @classmethod
+    def of(cls, forest: PrefixForest, prompt: Int64) -> SharedNodes:
+        """The shared nodes of the forest of prompts with these lengths, int64 `[R]`."""
+        shared = np.flatnonzero(forest.requests > 1)
+        number = np.full(len(forest) + 1, -1, dtype=np.int32)  # [-1] stays -1: nothing is above a root
+        number[shared] = np.arange(shared.size)
+        last = number[forest.node]
+        node = np.where(last >= 0, last, number[forest.parent[forest.node]])
+        goes_on = np.zeros(len(forest), dtype=bool)
+        goes_on[forest.parent[forest.parent >= 0]] = True
+        stop = forest.depth[shared] + forest.length[shared]
+        tokens = np.concatenate(([0], np.cumsum(forest.length, dtype=np.int64)))
+        # Those below follow a node, up to the first whose requests are others.
+        after = np.searchsorted(forest.first, forest.first[shared] + forest.requests[shared])
+        by_level = np.argsort(forest.level[shared], kind="stable")
+        return cls(
+            parent=number[forest.parent[shared]],
+            levels=np.split(by_level, np.cumsum(np.bincount(forest.level[shared]))[:-1]) if shared.size else [],
+            begin=forest.start[shared] - forest.depth[shared],
+            end=stop - ~goes_on[shared],
+            below=tokens[after] - tokens[shared + 1],
+            requests=forest.requests[shared],
+            first=forest.first[shared],
+            order=forest.order,
+            node=node,
+            prompt=prompt,
+            own=np.maximum(prompt - np.append(stop, 0)[node], 1),
+        )
+
+
+class Choice(NamedTuple):
+    """What a grouping chooses.
+
+    Attributes:
+        kept: bool `[S]`, the shared nodes that become groups.
+        nested: whether groups extend each other (several levels) or each begins at the first token (a single one).
+    """
+
+    kept: Bool
+    nested: bool
 
 
 def choose_groups(
@@ -90,107 +176,251 @@ def choose_groups(
         expected_new_tokens: int32 `[R]`, tokens each request is expected to sample.
         costs: what sharing spares and what it costs.
     """
-    shared = forest.requests > 1
-    # The last token of identical prompts is of no use to anyone, unless another prompt goes on from it.
-    useless = np.ones(len(forest), dtype=np.int32)
-    useless[forest.parent[forest.parent >= 0]] = 0
-    end = forest.depth + forest.length - useless
-    kept = GROUPINGS[grouping](forest, shared, end, expected_new_tokens, costs)
-
-    # The nearest kept ancestor of each node; parents are numbered before their children.
-    nearest = forest.parent.copy()
-    for nodes in _by_level(forest, shared):
-        below = nodes[forest.parent[nodes] >= 0]
-        up = forest.parent[below]
-        nearest[below] = np.where(kept[up], up, nearest[up])
-    leaves = np.flatnonzero(~shared & (forest.parent >= 0))
-    up = forest.parent[leaves]
-    nearest[leaves] = np.where(kept[up], up, nearest[up])
-    # Without its useless token a node may have none left.
-    kept &= end > np.where(nearest >= 0, end[nearest], 0)
+    shared = SharedNodes.of(forest, tokens.lengths)
+    kept, nested = GROUPINGS[grouping](shared, expected_new_tokens, costs)
     chosen = np.flatnonzero(kept)
 
-    number = np.full(len(forest) + 1, -1, dtype=np.int32)  # [-1] stays -1: above a root there is no group
-    number[chosen] = np.arange(chosen.size)
-    parent = number[nearest[chosen]]
-    depth = np.where(parent >= 0, end[nearest[chosen]], 0).astype(np.int32)
-    length = (end[chosen] - depth).astype(np.int32)
-    start = forest.start[chosen] - forest.depth[chosen] + depth
+    group = np.full(len(shared) + 1, -1, dtype=np.int32)  # of the nearest kept node from each node up; [-1]: none
+    group[chosen] = np.arange(chosen.size)
+    for nodes in shared.levels:
+        others = nodes[~kept[nodes]]
+        group[others] = group[shared.parent[others]]
+    end = shared.end[chosen]
+    parent = group[shared.parent[chosen]] if nested else np.full(chosen.size, -1, dtype=np.int32)
+    depth = np.append(end, np.int32(0))[parent]
+    request_group = group[shared.node]
+    request_depth = np.minimum(np.append(end, np.int32(0))[request_group], tokens.lengths - 1)
 
-    last = forest.node
-    request_node = np.where(kept[last], last, nearest[last])
-    request_group = number[request_node]
-    request_depth = np.where(request_group >= 0, np.minimum(end[request_node], tokens.lengths - 1), 0)
-
-    path = _paths(parent)
-    # Forest order over groups and requests: by the place of the first request below; an ancestor first.
-    place = np.empty(last.size, dtype=np.int32)
-    place[forest.order] = np.arange(last.size)
-    rank = np.empty(chosen.size + last.size, dtype=np.int32)
-    by_place = np.lexsort(
-        (
-            np.concatenate((depth, np.full(last.size, np.iinfo(np.int32).max, dtype=np.int32))),
-            np.concatenate((forest.first[chosen], place)),
-        )
-    )
-    rank[by_place] = np.arange(rank.size)
+    first, requests = shared.first[chosen], shared.requests[chosen]
+    place = np.empty(len(tokens), dtype=np.int64)
+    place[shared.order] = np.arange(len(tokens))
+    if not nested:
+        # The readers of an inner prefix stand among those of an outer one: take them out, group by group.
+        readers = request_group >= 0
+        block = place.copy()
+        block[readers] = first[request_group[readers]]
+        place[np.lexsort((place, request_group, block))] = np.arange(len(tokens))
+        requests = np.bincount(request_group[readers], minlength=chosen.size).astype(np.int32)
+        first = np.full(chosen.size, len(tokens), dtype=np.int32)
+        np.minimum.at(first, request_group[readers], place[readers].astype(np.int32))
     return PrefixGroups(
         parent=parent,
-        start=start,
-        length=length,
+        start=shared.begin[chosen] + depth,
+        length=end - depth,
         depth=depth,
-        requests=forest.requests[chosen],
-        path=path,
+        requests=requests,
+        path=_paths(parent),
         request_group=request_group,
         request_depth=request_depth.astype(np.int32),
-        rank=rank[: chosen.size],
-        request_rank=rank[chosen.size :],
+        # A group stands before the first of its readers, and after the groups that begin there and are less deep.
+        rank=(first + np.arange(chosen.size)).astype(np.int32),
+        request_rank=(place + np.cumsum(np.bincount(first, minlength=len(tokens)))[place]).astype(np.int32),
     )
 
 
-def _no_node(forest: PrefixForest, shared: Bool, end: Int32, expected_new_tokens: Int32, costs: GroupCosts) -> Bool:
+def _none(shared: SharedNodes, expected_new_tokens: Int32, costs: GroupCosts) -> Choice:
     """`none`: share nothing; the control."""
-    return np.zeros_like(shared)
+    return Choice(np.zeros(len(shared), dtype=bool), nested=True)
 
 
-def _by_cost(forest: PrefixForest, shared: Bool, end: Int32, expected_new_tokens: Int32, costs: GroupCosts) -> Bool:
-    """`tree`: keep a node where computing it once saves more than one more merge in every row below it costs.
+def _greedy(shared: SharedNodes, expected_new_tokens: Int32, costs: GroupCosts) -> Choice:
+    """`greedy`: a single level, fewest prompt tokens computed, by one step of promotion after another (MaximizeReuse of
+    BatchLLM, arXiv 2412.03594, section 4.1); a baseline.
 
-    From the leaves up: a node that is given up is computed again by each of its units (kept nodes and requests
-    right below it), and saves one partial result in each row of each reader (FastTree, MLSys'25, with the price of
-    a row in place of that of a tile).
+    From the leaves up: where node g is a child of c, and c one of p, g is promoted to be a child of p that holds the
+    tokens of c too, if that computes fewer tokens again than g's readers save: `(readers(g) - 1) * len(g) > len(c)`.
+    Nodes that are promoted to the top are kept, and readers of others read them.
     """
-    kept = shared.copy()
-    units = np.zeros(len(forest), dtype=np.int64)
-    np.add.at(units, forest.node[shared[forest.node]], 1)
-    leaves = np.flatnonzero(~shared & (forest.parent >= 0))
-    np.add.at(units, forest.parent[leaves], 1)
-    # Rows that would merge the node's partial result: what its readers sample, and the shared rows below it.
-    # (The own prompt tokens of the readers are left out: they are merged once each and weigh little.)
-    sampled = np.concatenate(([0], np.cumsum(expected_new_tokens[forest.order], dtype=np.int64)))
-    rows = sampled[forest.first + forest.requests] - sampled[forest.first]
-    for nodes in reversed(_by_level(forest, shared)):
-        parent = forest.parent[nodes]
-        before = np.where(parent >= 0, end[parent], 0)
-        saved = (units[nodes] - 1) * (end[nodes] - before)
-        kept[nodes] = saved * costs.row > rows[nodes] * costs.merge
-        below = parent >= 0
-        np.add.at(units, parent[below], np.where(kept[nodes], 1, units[nodes])[below])
-    return kept
+    parent, end = shared.parent, shared.end
+    readers = shared.requests.astype(np.int64)
+    above = parent.copy()  # of promoted nodes, too
+    climbing = np.empty(0, dtype=np.int64)
+    for nodes in reversed(shared.levels[1:]):
+        climbing = np.concatenate((climbing, nodes))
+        up = above[climbing]
+        over = parent[up]
+        before = np.where(over >= 0, end[over], 0)
+        promoted = (readers[climbing] - 1) * (end[climbing] - end[up]) > end[up] - before
+        climbing, up = climbing[promoted], up[promoted]
+        np.subtract.at(readers, up, readers[climbing])
+        above[climbing] = parent[up]
+    kept = (above < 0) & (readers > 1) & (end > 0)
+    return Choice(kept, nested=False)
 
 
-GROUPINGS: dict[str, Callable[[PrefixForest, Bool, Int32, Int32, GroupCosts], Bool]] = {
-    "tree": _by_cost,
-    "none": _no_node,
+def _exact(shared: SharedNodes, expected_new_tokens: Int32, costs: GroupCosts) -> Choice:
+    """`exact`: a single level, fewest prompt tokens computed of all choices there are."""
+    each = np.ones(len(shared))
+    kept, _ = _best(shared, reader=np.ones(shared.node.size), holder=each, fixed=0 * each, nested=False)
+    return Choice(kept, nested=False)
+
+
+def _tree(shared: SharedNodes, expected_new_tokens: Int32, costs: GroupCosts) -> Choice:
+    """`tree`: several levels, the least time by the cost model of all choices there are (the aim of FastTree, MLSys'25,
+    and PAT, ASPLOS'26, with the prices of the device in place of that of a tile)."""
+    return Choice(_cheapest(shared, expected_new_tokens, costs)[0], nested=True)
+
+
+def _auto(shared: SharedNodes, expected_new_tokens: Int32, costs: GroupCosts) -> Choice:
+    """`auto`: as `tree`, but each group has to save at least 2 % of the time of its readers, and all groups 2 % of the
+    job's: nothing is shared where prefixes are short or rare."""
+    kept, saved = _cheapest(shared, expected_new_tokens, costs, least=_LEAST_SAVING)
+    return Choice(kept & (saved >= _LEAST_SAVING), nested=True)
+
+
+Grouping = Callable[[SharedNodes, Int32, GroupCosts], Choice]
+
+GROUPINGS: dict[str, Grouping] = {
+    "auto": _auto,
+    "tree": _tree,
+    "exact": _exact,
+    "greedy": _greedy,
+    "none": _none,
 }
 
 
-def _by_level(forest: PrefixForest, chosen: Bool) -> list[Int64]:
-    """The chosen nodes of each level, from the roots down."""
-    nodes = np.flatnonzero(chosen)
-    nodes = nodes[np.argsort(forest.level[nodes], kind="stable")]
-    levels = forest.level[nodes]
-    return [part for part in np.split(nodes, np.flatnonzero(np.diff(levels)) + 1) if part.size]
+def _cheapest(
+    shared: SharedNodes, expected_new_tokens: Int32, costs: GroupCosts, *, least: float = 0.0
+) -> tuple[Bool, float]:
+    """The nodes whose groups, on several levels, save most time, bool `[S]`, and which share of the job's they save.
+
+    The time is that of the rows computed; of the KV tokens read, a request's own in each of its steps and a group's
+    once in each step that has readers of it; of one more read in each such step; and of one more merge in each row
+    that sees the group: those that sample, and the prompt tokens below (counted once, as if all below were shared).
+    A group has readers in as many steps as the longest answer has tokens, and in more where they are too many to decode
+    at once.
+
+    Args:
+        least: what a group has to save, as a share of the time that its readers take at least.
+    """
+    new, prompt, own = expected_new_tokens, shared.prompt, shared.own
+    merge, kv_token, read = (price / costs.row for price in (costs.merge, costs.kv_token, costs.read))
+    # The time of each request, in rows: without sharing; and if it shares all it can, all but its prompt's rows.
+    alone = prompt + new + kv_token * new * (prompt + new / 2)
+    at_least = new + kv_token * new * (own + new / 2)
+
+    first, stop = shared.first, shared.first + shared.requests
+    totals = [np.concatenate(([0], np.cumsum(column[shared.order]))) for column in (new, at_least)]
+    sampled, readers = (total[stop] - total[first] for total in totals)
+    ranges = np.stack((first, stop), axis=1).ravel()
+    longest = np.maximum.reduceat(np.append(new[shared.order], 0), ranges)[::2]
+    steps = np.maximum(longest, sampled / _ABREAST)
+    asked = least * (shared.below + readers)
+    kept, saved = _best(
+        shared,
+        reader=1 + kv_token * new,
+        holder=1 + kv_token * steps,
+        fixed=merge * (sampled + shared.below) + read * steps + asked,
+        nested=True,
+    )
+    return kept, (saved + float(asked[kept].sum())) / max(float(alone.sum()), 1.0)
+
+
+def _best(shared: SharedNodes, *, reader: Floats, holder: Floats, fixed: Floats, nested: bool) -> tuple[Bool, float]:
+    """The nodes to keep so that most is saved, bool `[S]`, and what they save.
+
+    With `x` the end of the nearest kept node above node v (0 without one), the most that v and all below it can save is
+
+        S(v, x) = max(F(v, x), F(v, end(v)) - fixed(v) - holder(v) * (end(v) - x))
+        F(v, x) = sum of S(c, x) over the children of v + reader(r) * x over the requests r that v is nearest to
+
+    (without the `- x` on a single level). F and S are convex and piecewise linear in x: a constant, a slope at 0, and
+    bends, where the slope grows. F never grows slower than what stands against it, so v is kept where x lies before
+    the one point where they cross. So levels can be worked off from the leaves up in columns, without a table of all
+    pairs of a node and a node above it.
+
+    Args:
+        reader: float64 `[R]`, what a request saves with each token that it reads.
+        holder: float64 `[S]`, what each token of a group costs; no more than all that read it save.
+        fixed: float64 `[S]`, what else a group costs.
+        nested: whether groups extend each other.
+    """
+    parent, end, node = shared.parent, shared.end, shared.node
+    inside = node >= 0
+    slope = np.bincount(node[inside], reader[inside], len(shared))  # of F at 0
+    value = np.zeros(len(shared))  # of F at 0
+    # Requests that end in a node that others go on from compute one of its tokens again.
+    ends_there = inside & (shared.prompt == np.append(end, 0)[node])
+    again = np.bincount(node[ends_there], reader[ends_there], len(shared))
+    until = np.zeros(len(shared))  # a node is kept if the nearest kept one above it ends before
+    bends = _Bends(np.empty(0, dtype=np.int64), np.empty(0), np.empty(0))
+    saved = 0.0
+    number = np.empty(len(shared), dtype=np.int64)  # of a node among those of its level
+    for nodes in reversed(shared.levels):
+        number[nodes] = np.arange(nodes.size)
+        bends = bends._replace(of=number[bends.of])
+        up = parent[nodes]
+        top = np.where(up >= 0, end[up], 0)
+        ends, own = end[nodes], holder[nodes]
+        kept_slope = own if nested else np.zeros(nodes.size)
+        kept_value = (
+            value[nodes] + slope[nodes] * ends + bends.at(ends) - again[nodes] - fixed[nodes] - own * ends - _TIE
+        )
+        rises = slope[nodes] - kept_slope
+        x = bends.crossing(value[nodes] - kept_value, rises, top)
+        until[nodes] = x
+
+        # S is what it is when kept up to x, and F from there on.
+        crosses = (x > 0) & (x < np.inf)
+        stay = (bends.x > np.where(x > 0, x, -1.0)[bends.of]) & (bends.x < top[bends.of])
+        bends = _Bends(
+            np.concatenate((up[bends.of[stay]], up[crosses])),
+            np.concatenate((bends.x[stay], x[crosses])),
+            np.concatenate((bends.slope[stay], (rises + bends.slope_at(x))[crosses])),
+        )
+        best_value = np.where(x > 0, kept_value, value[nodes])
+        best_slope = np.where(x > 0, kept_slope, slope[nodes])
+        inner = up >= 0
+        np.add.at(value, up[inner], best_value[inner])
+        np.add.at(slope, up[inner], best_slope[inner])
+        saved += float(best_value[~inner].sum())
+
+    kept = np.zeros(len(shared), dtype=bool)
+    reach = np.zeros(len(shared) + 1)  # the end of the nearest kept node from each node up; [-1]: above a root, 0
+    for nodes in shared.levels:
+        above = reach[parent[nodes]]
+        kept[nodes] = above < until[nodes]
+        reach[nodes] = np.where(kept[nodes], end[nodes], above)
+    return kept, saved
+
+
+class _Bends(NamedTuple):
+    """Where convex piecewise linear functions bend, in columns.
+
+    Attributes:
+        of: int64 `[B]`, the number of the function.
+        x: float64 `[B]`, where it bends.
+        slope: float64 `[B]`, by how much its slope grows there, at least 0.
+    """
+
+    of: Int64
+    x: Floats
+    slope: Floats
+
+    def at(self, x: npt.NDArray[Any]) -> Floats:
+        """What the bends of each function have added by its `x`, float64 `[functions]`."""
+        return np.bincount(self.of, self.slope * np.maximum(x[self.of] - self.x, 0.0), x.size).astype(np.float64)
+
+    def slope_at(self, x: Floats) -> Floats:
+        """What they have added to its slope there."""
+        return np.bincount(self.of, self.slope * (self.x <= x[self.of]), x.size).astype(np.float64)
+
+    def crossing(self, value: Floats, slope: Floats, top: npt.NDArray[Any]) -> Floats:
+        """Where in [0, top] each function reaches 0, float64 `[functions]`: 0 where it is never below, infinity where
+        it is below at `top` too. The functions have the given values and slopes (at least 0) at 0.
+        """
+        x = top.astype(np.float64)
+        below = value + slope * x + self.at(x) < 0
+        # Newton's method from the right: on a convex function it never steps past the root.
+        moved = True
+        while moved:
+            excess = value + slope * x + self.at(x)
+            rises = slope + self.slope_at(x)
+            step = np.divide(excess, rises, out=x.copy(), where=rises > 0)
+            following = np.where(excess > 0, np.maximum(x - step, 0.0), x)
+            moved = bool((x - following > _TIE).any())
+            x = following
+        return np.where(below, np.inf, x)
 
 
 def _paths(parent: Int32) -> Int32:

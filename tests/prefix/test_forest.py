@@ -1,14 +1,12 @@
-"""The forest and its groups against a trie of dictionaries that is too simple to be wrong."""
+"""The forest against a trie of dictionaries that is too simple to be wrong."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchrun.prefix.forest import build_forest
-from batchrun.prefix.groups import GroupCosts, choose_groups
 from batchrun.tokens import TokenTable
 
 prompts_of_jobs = st.lists(
@@ -40,11 +38,15 @@ def brute_force_nodes(prompts: list[list[int]]) -> dict[tuple[int, ...], tuple[i
     return nodes
 
 
-@given(prompts_of_jobs)
-@settings(max_examples=400, deadline=None)
-def test_forest_is_the_trie(prompts: list[list[int]]) -> None:
+@given(prompts_of_jobs, st.sampled_from([(128, 1 << 18), (4, 8), (3, 3)]))
+@settings(max_examples=2000, deadline=None)
+def test_forest_is_the_trie(prompts: list[list[int]], window_and_block: tuple[int, int]) -> None:
     tokens = TokenTable.from_rows(prompts)
-    forest = build_forest(tokens)
+    with pytest.MonkeyPatch.context() as patch:
+        # So small that jobs of a few tokens take many of them.
+        patch.setattr("batchrun.prefix.forest._WINDOW", window_and_block[0])
+        patch.setattr("batchrun.prefix.forest._BLOCK", window_and_block[1])
+        forest = build_forest(tokens)
     found = {}
     paths: list[tuple[int, ...]] = []
     for n in range(len(forest)):
@@ -76,76 +78,3 @@ def test_runs_longer_than_a_comparison_window() -> None:
     forest = build_forest(TokenTable.from_rows([[*long, 1], [*long, 2], long[:500], [7]]))
     assert forest.length.tolist() == [500, 500, 1, 1, 1]
     assert forest.prompt_physical == 1003
-
-
-@given(prompts_of_jobs, st.sampled_from(["tree", "none"]), st.sampled_from([0.0, 0.05, 0.3]))
-@settings(max_examples=300, deadline=None)
-def test_groups_cover_each_prompt_once(prompts: list[list[int]], grouping: str, merge_cost: float) -> None:
-    tokens = TokenTable.from_rows(prompts)
-    forest = build_forest(tokens)
-    groups = choose_groups(
-        forest,
-        tokens,
-        grouping=grouping,
-        expected_new_tokens=np.full(len(prompts), 3, np.int32),
-        costs=GroupCosts(row=1.0, merge=merge_cost, kv_token=0.0, read=0.0),
-    )
-    if grouping == "none":
-        assert len(groups) == 0
-    for request, prompt in enumerate(prompts):
-        group = int(groups.request_group[request])
-        path = [g for g in groups.path[group].tolist() if g >= 0] if group >= 0 else []
-        shared: list[int] = []
-        for above, g in zip([-1, *path], path, strict=False):
-            assert groups.parent[g] == above
-            assert groups.depth[g] == len(shared)
-            assert groups.length[g] >= 1
-            assert groups.rank[g] < groups.request_rank[request]
-            shared += tokens.ids[groups.start[g] : groups.start[g] + groups.length[g]].tolist()
-        assert prompt[: len(shared)] == shared
-        assert groups.request_depth[request] == min(len(shared), len(prompt) - 1)
-    ranks = [*groups.rank.tolist(), *groups.request_rank.tolist()]
-    assert sorted(ranks) == list(range(len(groups) + len(prompts)))
-    for g in range(len(groups)):
-        readers = [
-            r for r in range(len(prompts)) if groups.request_group[r] >= 0 and g in groups.path[groups.request_group[r]]
-        ]
-        assert len(readers) == groups.requests[g] >= 2
-        inside = [
-            *groups.request_rank[readers].tolist(),
-            *(groups.rank[h] for h in range(len(groups)) if g in groups.path[h]),
-        ]
-        assert sorted(inside) == list(range(int(groups.rank[g]), int(groups.rank[g]) + len(inside)))
-
-
-@given(prompts_of_jobs)
-@settings(max_examples=200, deadline=None)
-def test_free_merging_computes_the_fewest_rows(prompts: list[list[int]]) -> None:
-    """With merges at no cost, what is computed is every proper prefix once, and each prompt's last token."""
-    tokens = TokenTable.from_rows(prompts)
-    groups = choose_groups(
-        build_forest(tokens),
-        tokens,
-        grouping="tree",
-        expected_new_tokens=np.ones(len(prompts), np.int32),
-        costs=GroupCosts(row=1.0, merge=0.0, kv_token=0.0, read=0.0),
-    )
-    computed = int(groups.length.sum()) + sum(
-        len(p) - int(d) for p, d in zip(prompts, groups.request_depth, strict=True)
-    )
-    proper = {tuple(p[:k]) for p in prompts for k in range(1, len(p))}
-    assert computed == len(proper) + len(prompts)
-
-
-def test_a_short_header_above_long_prefixes_is_not_worth_a_merge() -> None:
-    jobs = [[1, 2, 3, 10 + g] + [g] * 200 + [50 + r] for g in range(4) for r in range(16)]
-    tokens = TokenTable.from_rows(jobs)
-    groups = choose_groups(
-        build_forest(tokens),
-        tokens,
-        grouping="tree",
-        expected_new_tokens=np.full(64, 64, np.int32),
-        costs=GroupCosts(row=1.0, merge=1 / 400, kv_token=0.0, read=0.0),
-    )
-    assert len(groups) == 4
-    assert groups.length.tolist() == [204] * 4

@@ -13,6 +13,7 @@ from batchrun.planning.memory import MemoryBudget
 from batchrun.planning.order import ORDERS
 from batchrun.planning.planner import Plan, PlanOptions, make_plan, pages_needed
 from batchrun.prefix.forest import build_forest
+from batchrun.prefix.groups import GROUPINGS
 from batchrun.request import FinishReason, Requests
 from batchrun.schedule.pages import PagePool
 from batchrun.schedule.scheduler import Finished, Scheduler
@@ -44,7 +45,7 @@ jobs = st.lists(
     extra=st.integers(0, 20),
     step_tokens=st.integers(1, 24),
     order=st.sampled_from(sorted(ORDERS)),
-    grouping=st.sampled_from(["tree", "none"]),
+    grouping=st.sampled_from(sorted(GROUPINGS)),
     end=st.sampled_from([None, 7]),
     first_guess=st.sampled_from([1, 4, 100]),
 )
@@ -216,7 +217,7 @@ def test_the_pool_prefers_neighbours_and_gives_no_page_twice() -> None:
     extra=st.integers(0, 20),
     step_tokens=st.integers(1, 24),
     order=st.sampled_from(sorted(ORDERS)),
-    grouping=st.sampled_from(["tree", "none"]),
+    grouping=st.sampled_from(sorted(GROUPINGS)),
 )
 @settings(max_examples=400, deadline=None)
 def test_answers_of_known_length_are_never_preempted(
