@@ -40,7 +40,23 @@ MaxTokens = Annotated[int | None, typer.Option("--max-tokens", help="Token limit
 KvMemory = Annotated[str | None, typer.Option("--kv-memory", help="Memory for KV, such as 4GiB.")]
 Limit = Annotated[int | None, typer.Option("--limit", help="Only the first N lines, as a trial.")]
 ScheduleOrder = Annotated[
-    str | None, typer.Option("--schedule-order", help="input, shuffle, dfs or decode_ratio; never changes results.")
+    str | None,
+    typer.Option(
+        "--schedule-order",
+        help="auto (the one that is expected to be shortest), input, shuffle, dfs, decode_ratio or density; never "
+        "changes results.",
+    ),
+]
+Grouping = Annotated[
+    str | None,
+    typer.Option(
+        "--grouping",
+        help="Which shared prefixes are computed once: auto, tree, exact, greedy or none; never changes results.",
+    ),
+]
+DeviceSpec = Annotated[
+    str | None,
+    typer.Option("--device-spec", help="Device to plan for, by name (cpu, a100, h100, h200); that of the run else."),
 ]
 Strict = Annotated[bool, typer.Option("--strict", help="Refuse the whole job if any line of it is bad.")]
 Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a model on the hub.")]
@@ -86,6 +102,8 @@ def run(
         str | None, typer.Option("--results-order", help="completion (as they finish) or input (sorted at the end).")
     ] = None,
     schedule_order: ScheduleOrder = None,
+    grouping: Grouping = None,
+    device_spec: DeviceSpec = None,
     strict: Strict = False,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start again; an earlier run is moved aside, not overwritten.")
@@ -113,7 +131,8 @@ def run(
                 model=model, out=_path(out), device=device, dtype=dtype, seed=seed, max_tokens=max_tokens,
                 kv_memory=kv_memory, limit=limit, results_order=results_order, schedule_order=schedule_order,
                 strict=strict, fresh=fresh, revision=revision, chat_template=_path(chat_template),
-                ignore_generation_config=ignore_generation_config,
+                ignore_generation_config=ignore_generation_config, device_spec=device_spec,
+                scheduler=_given(grouping=grouping) or None,
             ),
         )  # fmt: skip
         with _Terminal(quiet=quiet) as terminal:
@@ -141,21 +160,38 @@ def plan(
     kv_memory: KvMemory = None,
     limit: Limit = None,
     schedule_order: ScheduleOrder = None,
+    grouping: Grouping = None,
+    device_spec: DeviceSpec = None,
     strict: Strict = False,
     revision: Revision = None,
     chat_template: ChatTemplate = None,
     ignore_generation_config: IgnoreGenerationConfig = False,
+    explain: Annotated[
+        str | None,
+        typer.Option(
+            "--explain",
+            metavar="CUSTOM_ID",
+            help="Also: what this line shares, with whom, when it runs and what its KV costs.",
+        ),
+    ] = None,
+    doctor: Annotated[
+        bool, typer.Option("--doctor", help="Also: why prompts that look alike do not share, and what that costs.")
+    ] = False,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write all of it as a page, with plots to zoom.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Tell what a run would do, without running it.
 
-    It needs no weights, and it writes nothing.
+    It needs no weights, and it writes nothing but the page that is asked for.
     """
     with _failures(json):
         from batchrun.config import load_config
         from batchrun.formats.results import encode_json
-        from batchrun.formats.rundir import document
+        from batchrun.formats.rundir import document, write_text_atomic
         from batchrun.pipeline import plan_job
+        from batchrun.report.plan_page import render_plan_page
         from batchrun.report.tables import print_faults, print_plan
         from batchrun.report.wording import printable
 
@@ -165,19 +201,17 @@ def plan(
                 model=model, device=device, dtype=dtype, seed=seed, max_tokens=max_tokens, kv_memory=kv_memory,
                 limit=limit, schedule_order=schedule_order, strict=strict, revision=revision,
                 chat_template=_path(chat_template), ignore_generation_config=ignore_generation_config,
+                device_spec=device_spec, scheduler=_given(grouping=grouping) or None,
             ),
         )  # fmt: skip
-        planned = plan_job(job, settings)
+        planned = plan_job(job, settings, explain_line=explain, doctor=doctor)
+        if html is not None:
+            write_text_atomic(html, render_plan_page(planned))
         if json:
-            _write(encode_json(document(planned.plan), indent=True))
+            asked = _given(explain=planned.explanation, doctor=planned.diagnosis)
+            _write(encode_json(document(planned.plan) | asked, indent=True))
         else:
-            print_plan(
-                _console(),
-                planned.plan,
-                total_lines=planned.total_lines,
-                faults=len(planned.faults),
-                previews=planned.previews,
-            )
+            print_plan(_console(), planned)
         if planned.faults:
             print_faults(_console(stderr=True), planned.faults)
         for warning in planned.warnings:

@@ -271,7 +271,7 @@ def _where(path: list[str], layers: list[_Layer]) -> str:
         for part in path:
             value = value.get(part) if isinstance(value, Mapping) else None
         if value is not None:
-            return f"--{_dashes(path[0])}" if layer.source is None else str(layer.source)
+            return f"--{_dashes(path[-1])}" if layer.source is None else str(layer.source)
     return "configuration"
 
 

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import time
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -14,7 +15,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-from batchrun.config import RunConfig, load_config
+import numpy as np
+import numpy.typing as npt
+
+from batchrun.config import RunConfig, load_config, nearest
 from batchrun.errors import BatchrunError, ExitCode, NothingRunnable, OutputError, UsageError
 from batchrun.execution.collect import LineCollector
 from batchrun.execution.loop import run_loop
@@ -37,11 +41,13 @@ from batchrun.formats.rundir import (
     sort_results,
     write_text_atomic,
 )
+from batchrun.prefix.doctor import Diagnosis, diagnose
+from batchrun.prefix.explain import Explanation, SharedRuns, Timetable, explain, shared_runs
 from batchrun.prepare import (
     Prepared,
+    Simulated,
     choose_order,
     mismatches,
-    own_tokens,
     plan_file,
     prepare,
     simulate,
@@ -68,6 +74,7 @@ log = logging.getLogger(__name__)
 
 LOG, PAGE, PLAN, REPORT, STEPS = "run.log", "report.html", "plan.json", "report.json", "steps.jsonl"
 STDIN_JOB = "job.jsonl"
+_IDS_COMPARED = 5000  # to either side, to find the one that was meant
 
 
 class Observer(Protocol):
@@ -129,15 +136,23 @@ class Planned:
         plan: as in `plan.json`.
         faults: bad lines.
         total_lines: lines of the job, blank ones not counted.
-        previews: the first words of the own tokens of each of `plan.groups`.
         warnings: what a person should know.
+        runs: what the prompts share most.
+        computed_once: how many of the shared runs are.
+        steps: as simulated, `[steps]` as in `StepLog.columns`.
+        explanation: of one line, if it was asked for.
+        diagnosis: why prompts that look alike do not share, if it was asked for.
     """
 
     plan: PlanFile
     faults: list[LineFault]
     total_lines: int
-    previews: list[str]
     warnings: list[Warned]
+    runs: SharedRuns
+    computed_once: int
+    steps: npt.NDArray[np.void]
+    explanation: Explanation | None = None
+    diagnosis: Diagnosis | None = None
 
     @property
     def exit_code(self) -> ExitCode:
@@ -194,8 +209,13 @@ def _text(path: str | Path | None) -> str | None:
 # --- plan -------------------------------------------------------------------------------------------------------
 
 
-def plan_job(job: str, config: RunConfig) -> Planned:
-    """Plan a job: what `batchrun plan` does. Raises as `plan`."""
+def plan_job(job: str, config: RunConfig, *, explain_line: str | None = None, doctor: bool = False) -> Planned:
+    """Plan a job: what `batchrun plan` does. Raises as `plan`.
+
+    Args:
+        explain_line: `custom_id` of a line to explain.
+        doctor: whether to find out why prompts that look alike do not share.
+    """
     if job == "-":
         raise UsageError("A plan reads the job twice, so it cannot come from standard input.", hint="Give a file.")
     subject = Subject.resolve(config, weights=False)
@@ -209,14 +229,52 @@ def plan_job(job: str, config: RunConfig) -> Planned:
     total = lint.total
     if not len(prepared.requests):
         raise NothingRunnable(f"None of the {total} lines can run; the first: {_shown(faults[0])}")
+    if explain_line is not None:
+        _refuse_unknown(explain_line, [*prepared.requests.custom_ids, *(fault.custom_id for fault in faults)])
     prepared, orders = choose_order(prepared)
     simulated = simulate(prepared)
-    previews = [
-        prepared.tokenizer.decode(own_tokens(prepared.plan.groups, prepared.requests, group.id, 24).tolist())
-        for group in summaries(prepared.plan.groups)
-    ]
-    planned = plan_file(prepared, simulated, orders, subject, fingerprint_of(subject, lint.fingerprint, config))
-    return Planned(planned, faults, total, previews, warnings_of(lint, prepared, subject, config))
+    requests, forest, decode = prepared.requests, prepared.forest, prepared.tokenizer.decode
+    return Planned(
+        plan=plan_file(prepared, simulated, orders, subject, fingerprint_of(subject, lint.fingerprint, config)),
+        faults=faults,
+        total_lines=total,
+        warnings=warnings_of(lint, prepared, subject, config),
+        runs=shared_runs(forest, requests.tokens.ids, decode),
+        computed_once=len(prepared.plan.groups),
+        steps=simulated.log.columns,
+        explanation=_explain(explain_line, prepared, simulated, faults) if explain_line is not None else None,
+        diagnosis=diagnose(requests, forest, decode) if doctor else None,
+    )
+
+
+def _explain(custom_id: str, prepared: Prepared, simulated: Simulated, faults: list[LineFault]) -> Explanation:
+    """What is planned for one line."""
+    plan, requests = prepared.plan, prepared.requests
+    timetable = Timetable(
+        order=plan.order,
+        expected_new_tokens=plan.expected_new_tokens,
+        first_step=simulated.first_step,
+        last_step=simulated.last_step,
+        ends=np.cumsum(simulated.log.columns["seconds"]),
+        page_size=plan.budget.page_size,
+        page_bytes=plan.budget.page_bytes,
+    )
+    explanation = explain(
+        custom_id, faults, requests, prepared.forest, plan.groups, timetable, prepared.tokenizer.decode
+    )
+    assert explanation is not None  # _refuse_unknown has seen it
+    return explanation
+
+
+def _refuse_unknown(custom_id: str, known: list[str]) -> None:
+    """A line that the job does not have; of a large job, the nearest is looked for among those beside it in order."""
+    if custom_id in known:
+        return
+    known.sort()
+    place = bisect_left(known, custom_id)
+    around = known[max(place - _IDS_COMPARED, 0) : place + _IDS_COMPARED]
+    meant = nearest(custom_id, around) or around[min(place, len(around) - 1)]
+    raise UsageError(f"No line of the job has the custom_id {custom_id!r}.", hint=f"The nearest one is {meant!r}.")
 
 
 # --- run --------------------------------------------------------------------------------------------------------

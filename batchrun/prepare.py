@@ -328,12 +328,6 @@ def summaries(groups: PrefixGroups) -> tuple[GroupSummary, ...]:
     )
 
 
-def own_tokens(groups: PrefixGroups, requests: Requests, group: int, count: int) -> np.ndarray:
-    """The first of a group's own tokens: those that tell it from the other groups of its parent."""
-    start = int(groups.start[group])
-    return requests.tokens.ids[start : start + min(count, int(groups.length[group]))]
-
-
 def mismatches(lint: JobLint, subject: Subject) -> Warned | None:
     """Lines that name another model than the one they are run with, in `body.model`."""
     others = {name: count for name, count in lint.models.items() if name != subject.name}

@@ -63,6 +63,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "errors",
         "execution",
         "formats",
+        "prefix",
         "prepare",
         "report",
         "request",
@@ -79,7 +80,7 @@ LATER: dict[str, set[str]] = {
 }
 FOR_TYPES: dict[str, set[str]] = {
     "": {"pipeline"},
-    "report.tables": {"formats.plan"},
+    "report": {"formats.plan", "pipeline", "prefix"},
 }
 
 # Who may use which library: when loaded, or only inside functions.

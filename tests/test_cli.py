@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -22,6 +23,8 @@ from batchrun.cli import app
 from batchrun.engine.torch_worker import TorchWorker
 from batchrun.errors import ExitCode
 from batchrun.formats.rundir import RunDir
+from batchrun.planning.order import AUTO, ORDERS
+from batchrun.prefix.groups import GROUPINGS
 
 SOUND = [
     {"id": "a", "prompt": "apple pear", "max_tokens": 3, "ignore_eos": True},
@@ -280,11 +283,115 @@ def test_a_plan_is_shown_as_a_table(command, here):
     done = command("plan", "jobs.jsonl")
     assert done.exit_code == ExitCode.SOME_FAILED
     assert "Plan: 21 requests from 23 lines, 2 of them bad" in done.stdout
-    assert "The quick brown fox" in done.stdout  # how the largest group begins
-    assert "not calibrated" in done.stdout  # no invented time
+    assert "The quick brown fox" in done.stdout  # how the largest shared run begins
+    assert "is not calibrated: the range is 35 % to 100 % of its data" in done.stdout
+    assert "Rows of a step over time" in done.stdout
     assert "unsupported_field" in done.stderr
     assert "unknown_field" in done.stderr
     assert "\x1b" not in done.stdout + done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_a_plan_says_which_lines_cannot_fit(command, here):
+    write_job(here / "jobs.jsonl", [SOUND[0], {"id": "long", "prompt": [7] * 600, "max_tokens": 2}])
+    done = command("plan", "jobs.jsonl")
+    assert done.exit_code == ExitCode.SOME_FAILED
+    assert "Too large" in done.stdout
+    assert "cannot fit into the context or the KV memory: line 2" in done.stdout
+    assert "context_length_exceeded" in done.stderr
+
+
+def test_a_plan_is_made_by_name_of_order_grouping_and_device(command, here):
+    write_job(here / "jobs.jsonl", MIXED)
+    flags = ["--schedule-order", "input", "--grouping", "none", "--device-spec", "h200", "--dtype", "float32"]
+    planned = json.loads(command("plan", "jobs.jsonl", "--json", *flags).stdout)
+    assert (planned["schedule_order"], planned["grouping"], planned["groups"]) == ("input", "none", [])
+    assert (planned["expected"]["device"], planned["expected"]["calibrated"]) == ("h200", False)
+    usual = json.loads(command("plan", "jobs.jsonl", "--json").stdout)
+    assert usual["tokens"]["prompt_computed"] < planned["tokens"]["prompt_computed"]
+    assert usual["groups"]
+
+
+@pytest.mark.parametrize(("flag", "names"), [("--schedule-order", (AUTO, *ORDERS)), ("--grouping", tuple(GROUPINGS))])
+@pytest.mark.parametrize("name", ["run", "plan"])
+def test_the_help_has_every_policy(name, flag, names, command):
+    shown = " ".join(CliRunner().invoke(app, [name, "--help"], terminal_width=200).stdout.split())
+    words = shown[shown.index(flag) :].split(" --")[0]
+    assert [policy for policy in names if policy not in words] == []
+
+
+DATED = [
+    *(
+        {"id": f"day-{day:02}-{i}", "prompt": f"On 2026-11-{day:02} the quick brown fox jumps over the lazy dog: {i}"}
+        for day in range(1, 13)
+        for i in range(3)
+    ),
+    {"id": "many", "prompt": ["On 2026-11-01 the quick brown fox", "apple"]},
+    {"id": "bad", "prompt": "x", "tools": [1]},
+]
+
+
+def test_a_plan_explains_one_line(command, here):
+    write_job(here / "jobs.jsonl", DATED)
+    shown = " ".join(command("plan", "jobs.jsonl", "--explain", "day-02-1").stdout.split())
+    assert "Line 5: day-02-1" in shown
+    assert re.search(r"\d+ tokens with 2 other requests \(day-02-0, day-02-2\): ", shown)
+    document = json.loads(command("plan", "jobs.jsonl", "--explain", "day-02-1", "--json").stdout)
+    [request] = document["explain"]["requests"]
+    assert document["explain"]["line"] == 5
+    assert request["reads"][-1]["with_lines"] == ["day-02-0", "day-02-2"]
+    assert request["prompt_tokens"] > request["cached_tokens"] == sum(read["tokens"] for read in request["reads"])
+    assert request["steps"][0] <= request["steps"][1] < document["steps"]
+    assert request["kv_bytes"] == request["pages"] * request["page_bytes"]
+    assert "doctor" not in document
+
+    several = json.loads(command("plan", "jobs.jsonl", "--explain", "many", "--json").stdout)["explain"]
+    assert len(several["requests"]) == 2
+    bad = command("plan", "jobs.jsonl", "--explain", "bad")
+    assert "Bad line  line 38: unsupported_field: tools is not supported yet" in bad.stdout
+
+
+@pytest.mark.parametrize(("asked", "meant"), [("day-2-1", "day-"), ("mny", "many"), ("bod", "bad"), ("?", "")])
+def test_a_line_that_the_job_does_not_have(asked, meant, command, here):
+    write_job(here / "jobs.jsonl", DATED)
+    done = command("plan", "jobs.jsonl", "--explain", asked)
+    assert done.exit_code == ExitCode.USAGE
+    assert f"No line of the job has the custom_id '{asked}'." in done.stderr
+    assert f"The nearest one is '{meant}" in done.stderr
+    assert done.stdout == ""
+
+
+def test_the_doctor_says_why_prompts_do_not_share(command, here):
+    write_job(here / "jobs.jsonl", DATED)
+    before = snapshot(here)
+    shown = " ".join(command("plan", "jobs.jsonl", "--doctor").stdout.split())
+    assert re.search(r"1\. 36 requests share \d+ tokens and part at token \d+: '2026-11-\d\d' against '2026-11-", shown)
+    assert "(a date), in day-" in shown
+    assert snapshot(here) == before
+    document = json.loads(command("plan", "jobs.jsonl", "--doctor", "--json").stdout)
+    [finding] = document["doctor"]["findings"]
+    assert finding["cause"] == "date"
+    assert finding["saving"] == pytest.approx(finding["spared_tokens"] / document["tokens"]["prompt_logical"])
+    assert finding["saving"] > 0.15
+    assert "explain" not in document
+    # Written as it says, the job saves as much more, and there is nothing left to say.
+    moved = [line | {"prompt": re.sub(r"On (\S+) the(.*)", r"On day the\2 \1", line["prompt"])} for line in DATED[:36]]
+    write_job(here / "moved.jsonl", [*moved, *DATED[36:]])
+    mended = json.loads(command("plan", "moved.jsonl", "--doctor", "--json").stdout)
+    assert mended["saving"] > document["saving"] + 0.9 * finding["saving"]
+    assert mended["doctor"]["findings"] == []
+
+
+def test_a_plan_is_written_as_a_page(command, here):
+    write_job(here / "jobs.jsonl", DATED)
+    done = command("plan", "jobs.jsonl", "--explain", "many", "--doctor", "--html", "plan.html")
+    assert done.exit_code == ExitCode.SOME_FAILED
+    page = (here / "plan.html").read_text(encoding="utf-8")
+    for words in ("Plan: 38 requests from 38 lines", "37: many", "(a date)", "unsupported_field", "Rows of each step"):
+        assert words in page
+    failed = command("plan", "jobs.jsonl", "--html", "none/plan.html")
+    assert failed.exit_code == ExitCode.OUTPUT
+    assert failed.stdout == ""
 
 
 # --- exit code 2
@@ -300,6 +407,8 @@ def test_a_plan_is_shown_as_a_table(command, here):
         (["run", "jobs.jsonl", "--limit", "0"], ["--limit"]),
         (["run", "jobs.jsonl", "--results-order", "random"], ["--results-order", "completion", "input"]),
         (["plan", "jobs.jsonl", "--schedule-order", "sideways"], ["--schedule-order", "dfs", "decode_ratio"]),
+        (["plan", "jobs.jsonl", "--grouping", "sideways"], ["grouping", "tree", "none"]),
+        (["plan", "jobs.jsonl", "--device-spec", "h2000"], ["h2000", "h200"]),
         (["run", "jobs.jsonl", "--schedule-order", "sideways"], ["--schedule-order", "dfs", "decode_ratio"]),
         (["run", "jobs.jsonl", "--config", "typo.toml"], ["typo.toml", "schedule_ordr", "schedule_order"]),
         (["run", "jobs.jsonl", "--config", "none.toml"], ["none.toml", "cannot be read"]),

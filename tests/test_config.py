@@ -42,7 +42,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
     )
     config = load_config(file, model="demo", seed=7, max_tokens=None)
     assert (config.seed, config.max_tokens, config.device) == (7, 9, "auto")
-    assert (config.scheduler.page_size, config.scheduler.grouping) == (8, "tree")
+    assert (config.scheduler.page_size, config.scheduler.grouping) == (8, "auto")
     assert (config.output.steps_log, config.output.flush_results) == (False, 64)
 
 

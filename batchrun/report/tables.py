@@ -5,7 +5,9 @@ All that came with a job is escaped and never read as markup.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,17 +15,39 @@ from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.text import Text
 
-from batchrun.report.records import KvUse, Report, TokenCounts
-from batchrun.report.wording import duration, outcome, percent, plural, printable, rate, stages
+from batchrun.report.plots import Glyphs, course, framed, glyphs, plot
+from batchrun.report.records import KvUse, OrderTried, Report, TokenCounts
+from batchrun.report.wording import (
+    duration,
+    estimated_from,
+    explained,
+    found,
+    limited_by,
+    nothing_found,
+    outcome,
+    percent,
+    plan_title,
+    plural,
+    printable,
+    rate,
+    sharing,
+    stages,
+    unlisted,
+)
 from batchrun.request import LineFault
 
 if TYPE_CHECKING:
     from batchrun.formats.plan import PlanFile
+    from batchrun.pipeline import Planned
+    from batchrun.prefix.doctor import Diagnosis
+    from batchrun.prefix.explain import Explanation, SharedRuns
 
 WIDTH = 80
 
-_LABEL_WIDTH = 10
-_GROUPS_IN_PLAN, _GROUPS_IN_SUMMARY = 10, 3
+_LABEL_WIDTH, _FIGURE_WIDTH = 10, 7  # at least, so that figures of small jobs stand in one place
+_RUNS_IN_PLAN, _GROUPS_IN_SUMMARY = 12, 3
+_PLOT_WIDTH, _PLOT_HEIGHT = 64, 5
+_TOO_LARGE = "context_length_exceeded"
 _CODES_SHOWN = 6
 _WARNINGS_SHOWN = 5
 
@@ -97,22 +121,12 @@ def print_summary(console: Console, report: Report, run_dir: Path) -> None:
     )
 
 
-def print_plan(console: Console, plan: PlanFile, *, total_lines: int, faults: int, previews: Sequence[str]) -> None:
-    """Show what a run would do.
-
-    Args:
-        console: where to.
-        plan: the plan.
-        total_lines: lines of the job, bad ones included.
-        faults: how many of them are bad.
-        previews: the first words of the own tokens of each of `plan.groups`.
-    """
-    title = f"Plan: {plural(plan.requests, 'request')} from {plural(total_lines, 'line')}"
-    time = _Row(duration(plan.expected.seconds), "expected")
-    if faults:
-        title += f", {faults:,} of them bad"
-    _print(console, Text(title, style="bold yellow" if faults else "bold"))
+def print_plan(console: Console, planned: Planned) -> None:
+    """Show what a run would do: figures, what is shared most, the orders tried, and its course over time."""
+    plan, expected = planned.plan, planned.plan.expected
+    _print(console, Text(plan_title(planned), style="bold yellow" if planned.faults else "bold"))
     _print(console, Text())
+    too_large = [fault.number for fault in planned.faults if fault.code == _TOO_LARGE]
     _print_sections(
         console,
         [
@@ -121,12 +135,59 @@ def print_plan(console: Console, plan: PlanFile, *, total_lines: int, faults: in
             _Section("KV", [_kv_row(plan.kv)]),
             _Section("Order", [_Row("", f"{plan.schedule_order}, grouping {plan.grouping}")]),
             _Section("Model", [_Row("", printable(f"{plan.model} in {plan.dtype}"))]),
-            _Section("Time", [time]),
+            _Section(
+                "Time",
+                [
+                    _Row(
+                        duration(expected.seconds), f"expected: {duration(expected.low)} to {duration(expected.high)}"
+                    ),
+                    _Row(duration(expected.bound), "at the least, by the peaks of the device"),
+                    _Row("", printable(limited_by(expected))),
+                    _Row("", printable(estimated_from(expected, plan.requests))),
+                ],
+            ),
+            _Section("Too large", [_Row(f"{len(too_large):,}", _numbers(too_large))] if too_large else [], "yellow"),
         ],
     )
-    if plan.groups:
+    _print(console, Text())
+    drawn = glyphs(console.encoding)
+    _print_runs(console, planned.runs.largest(_RUNS_IN_PLAN), plan, drawn)
+    _print_hanging(console, Text(), sharing(planned))
+    if len(plan.orders) > 1:
         _print(console, Text())
-        _print_groups(console, plan, previews)
+        _print_orders(console, plan.orders)
+    if planned.steps.size:
+        _print(console, Text())
+        _print_plots(console, planned, drawn)
+    if planned.explanation is not None:
+        _print(console, Text())
+        _print_explanation(console, planned.explanation)
+    if planned.diagnosis is not None:
+        _print(console, Text())
+        _print_diagnosis(console, planned.diagnosis)
+
+
+def _print_explanation(console: Console, explanation: Explanation) -> None:
+    """Show what is planned for one line."""
+    title = f"Line {explanation.line:,}: {explanation.custom_id}"
+    _print_hanging(console, Text(), printable(title), "bold")
+    _print(console, Text())
+    _print_sections(
+        console,
+        [
+            _Section(label, [_Row(value, printable(words, limit=1000)) for _, value, words in rows])
+            for label, rows in groupby(explained(explanation), key=itemgetter(0))
+        ],
+    )
+
+
+def _print_diagnosis(console: Console, diagnosis: Diagnosis) -> None:
+    """Show why prompts that look alike do not share."""
+    _print(console, Text("Prompts that look alike and do not share", style="bold"))
+    for number, finding in enumerate(diagnosis.findings, start=1):
+        _print_hanging(console, Text(f"{number}. "), printable(found(finding), limit=1000))
+    if not diagnosis.findings:
+        _print_hanging(console, Text(), nothing_found(diagnosis))
 
 
 def print_faults(console: Console, faults: Sequence[LineFault], limit: int = 10, *, more_in: str | None = None) -> None:
@@ -178,7 +239,7 @@ def _count_rows(counts: Mapping[str, int]) -> list[_Row]:
 def _print_sections(console: Console, sections: Iterable[_Section]) -> None:
     """Labels to the left, figures flush right in one column, words after them; no section without rows."""
     sections = [section for section in sections if section.rows]
-    width = max(len(row.value) for section in sections for row in section.rows)
+    width = max(_FIGURE_WIDTH, *(len(row.value) for section in sections for row in section.rows))
     for section in sections:
         for index, row in enumerate(section.rows):
             head = Text((section.label if index == 0 else "").ljust(_LABEL_WIDTH), style="bold")
@@ -187,19 +248,101 @@ def _print_sections(console: Console, sections: Iterable[_Section]) -> None:
             _print_hanging(console, head, row.words, section.style)
 
 
-def _print_groups(console: Console, plan: PlanFile, previews: Sequence[str]) -> None:
-    groups = plan.groups[:_GROUPS_IN_PLAN]
-    cells = [("group", "tokens", "requests")]
-    cells += [(f"{group.id:,}", f"{group.prefix_tokens:,}", f"{group.requests:,}") for group in groups]
+def _numbers(lines: Sequence[int]) -> str:
+    """Lines that cannot fit."""
+    shown = ", ".join(f"{line:,}" for line in lines[:6])
+    more = f" and {len(lines) - 6:,} more" if len(lines) > 6 else ""
+    return f"cannot fit into the context or the KV memory: line {shown}{more}"
+
+
+def _print_runs(console: Console, runs: SharedRuns, plan: PlanFile, drawn: Glyphs) -> None:
+    """The largest shared runs as a tree."""
+    if not runs.listed:
+        return
+    rows = [
+        (percent(run.spared / plan.tokens.prompt_logical), f"{run.tokens:,}", f"{run.requests:,}")
+        for run in runs.listed
+    ]
+    words = [
+        f"{lines}{printable(' '.join(run.text.split()))}"
+        for run, lines in zip(runs.listed, _tree([(run.node, run.parent) for run in runs.listed], drawn), strict=True)
+    ]
+    _print_table(console, ("saved", "tokens", "requests"), rows, ["shared run begins with", *words])
+    if more := unlisted(runs, plan):
+        _print_hanging(console, Text(), more)
+
+
+def _tree(nodes: Sequence[tuple[int, int]], drawn: Glyphs) -> Iterator[str]:
+    """The lines of a tree in front of each node.
+
+    Args:
+        nodes: number and parent of each, depth first; the parent of a root is -1.
+    """
+    last = {parent: node for node, parent in nodes}
+    before = {-1: ""}
+    for node, parent in nodes:
+        if parent < 0:
+            before[node] = ""
+            yield ""
+        else:
+            ends = last[parent] == node
+            yield f"{before[parent]}{drawn.last if ends else drawn.branch} "
+            before[node] = f"{before[parent]}{'  ' if ends else drawn.through} "
+
+
+def _print_orders(console: Console, orders: Sequence[OrderTried]) -> None:
+    """The orders that were compared."""
+    rows = [
+        (
+            duration(order.seconds),
+            f"{order.steps:,}",
+            f"{order.prompt_computed:,}",
+            f"{order.peak_pages:,}",
+            f"{order.evictions:,}",
+        )
+        for order in orders
+    ]
+    head = ("expected", "steps", "prompt computed", "peak pages", "evictions")
+    _print_table(console, head, rows, ["order", *(printable(order.name) for order in orders)])
+
+
+def _print_table(console: Console, head: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence[str]) -> None:
+    """Figures flush right in columns, and words after them, cut where the line ends.
+
+    Args:
+        words: of the head and of each row.
+    """
+    cells = [head, *rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    words = ["own part begins", *(" ".join(preview.split()) for preview in previews[: len(groups)])]
-    words += [""] * (len(cells) - len(words))
     for index, (row, text) in enumerate(zip(cells, words, strict=True)):
         line = "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) + "  "
-        line += _cut(_encodable(console, printable(text)), _width(console) - len(line))
-        _print(console, Text(line.rstrip(), style="bold" if index == 0 else ""))
-    if len(plan.groups) > len(groups):
-        _print(console, Text(f"and {len(plan.groups) - len(groups):,} smaller ones"))
+        line += _cut(_encodable(console, text), _width(console) - len(line))
+        _print(console, Text(_cut(line.rstrip(), _width(console)), style="bold" if index == 0 else ""))
+
+
+def _print_plots(console: Console, planned: Planned, drawn: Glyphs) -> None:
+    """Rows of a step and KV pages over time."""
+    kv, margin = planned.plan.kv, 7
+    columns = max(min(_PLOT_WIDTH, _width(console) - margin - 2), 8)
+    over = course(planned.steps, columns)
+    part = " (the part that was simulated)" if planned.plan.expected.requests < planned.plan.requests else ""
+    rows = float((over.decode + over.prefill).max())
+    _print_hanging(
+        console,
+        Text(),
+        f"Rows of a step over time{part}: {drawn.fills[0]} decode, {drawn.fills[1]} prefill",
+        "bold",
+    )
+    for line in framed(
+        plot([over.decode, over.prefill], rows, _PLOT_HEIGHT, drawn), f"{rows:,.0f}", over.seconds, margin, drawn
+    ):
+        _print(console, Text(line.rstrip()))
+    _print(console, Text())
+    # A pool far above the peak would press the plot flat.
+    highest = kv.pages if kv.pages <= 6 * kv.peak_pages else kv.peak_pages
+    _print_hanging(console, Text(), f"KV pages over time{part}: at most {kv.peak_pages:,} of {kv.pages:,}", "bold")
+    for line in framed(plot([over.pages], highest, _PLOT_HEIGHT, drawn), f"{highest:,}", over.seconds, margin, drawn):
+        _print(console, Text(line.rstrip()))
 
 
 def _print_hanging(console: Console, head: Text, words: str, style: str = "") -> None:

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from batchrun.report.records import RequestCounts, Seconds
+from typing import TYPE_CHECKING
+
+from batchrun.report.records import Estimate, RequestCounts, Seconds
+
+if TYPE_CHECKING:
+    from batchrun.formats.plan import PlanFile
+    from batchrun.pipeline import Planned
+    from batchrun.prefix.doctor import Diagnosis, Finding
+    from batchrun.prefix.explain import ExplainedRequest, Explanation, SharedRuns
 
 STAGES = ("load", "tokenize", "plan", "execute")
 
@@ -45,6 +53,15 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
+def size(number: float) -> str:
+    """A number of bytes: "512 B", "24.0 KiB", "1.5 GiB"."""
+    units = ("B", "KiB", "MiB", "GiB", "TiB")
+    power = 0
+    while number >= 1023.95 and power < len(units) - 1:
+        number, power = number / 1024, power + 1
+    return f"{number:.1f} {units[power]}" if power else f"{number:.0f} B"
+
+
 def stages(seconds: Seconds) -> list[tuple[str, float]]:
     """The stages that happened, in order, and how long each took."""
     return [(name, spent) for name in STAGES if (spent := getattr(seconds, name)) is not None]
@@ -60,3 +77,150 @@ def printable(text: str, limit: int = 400) -> str:
     if text.isprintable():
         return text
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
+def quoted(text: str, limit: int = 60) -> str:
+    """Text that came with a job, in quotes."""
+    return f"'{printable(text, limit)}'"
+
+
+# --- plans ---
+
+
+def plan_title(planned: Planned) -> str:
+    """What is planned, in one line: "Plan: 479 requests from 480 lines, 1 of them bad"."""
+    title = f"Plan: {plural(planned.plan.requests, 'request')} from {plural(planned.total_lines, 'line')}"
+    return f"{title}, {len(planned.faults):,} of them bad" if planned.faults else title
+
+
+def unlisted(runs: SharedRuns, plan: PlanFile) -> str:
+    """What is shared besides the runs that are listed; nothing if those are all."""
+    saved = percent(runs.others_spared / plan.tokens.prompt_logical)
+    return f"And {plural(runs.others, 'smaller one')} with {saved} more." if runs.others else ""
+
+
+def sharing(planned: Planned) -> str:
+    """How many of the runs that prompts share are computed once."""
+    runs, once = len(planned.runs.listed) + planned.runs.others, planned.computed_once
+    if not runs:
+        return "No two prompts begin alike."
+    words = f"{once:,} of {plural(runs, 'shared run')} computed once, by grouping {planned.plan.grouping}"
+    if once >= runs or planned.plan.grouping == "none":
+        return f"{words}."
+    return f"{words}; to share the others would cost more than it saves."
+
+
+def limited_by(expected: Estimate) -> str:
+    """One sentence: what a job cannot be faster than, and why."""
+    compute, memory = duration(expected.bound_compute), duration(expected.bound_memory)
+    if expected.bound_compute >= expected.bound_memory:
+        return f"Computing limits it: {compute} at the peaks of {expected.device}, against {memory} of memory traffic."
+    return f"Memory limits it: weights and KV take {memory} at the peaks of {expected.device}, computing {compute}."
+
+
+def estimated_from(expected: Estimate, requests: int) -> str:
+    """What an estimate for a job of so many requests stands on."""
+    hardware = f" ({expected.hardware})" if expected.hardware else ""
+    if expected.calibrated:
+        words = f"From steps measured on {expected.device}{hardware}."
+    else:
+        share = f"{100 * expected.low / expected.high:.0f} % to 100 %" if expected.high else "a share"
+        words = f"{expected.device} is not calibrated: the range is {share} of its data sheet's peaks{hardware}."
+    if expected.requests < requests:
+        words += f" {expected.requests:,} of {requests:,} requests were simulated, and figures scaled to the job."
+    return words
+
+
+_CAUSES = {
+    "date": " (a date)",
+    "time": " (a time)",
+    "uuid": " (a UUID)",
+    "email": " (an email address)",
+    "number": " (a number)",
+    "id": " (an id)",
+    "name": " (a name)",
+    "white space": " (white space)",
+}
+
+
+def found(finding: Finding) -> str:
+    """Why prompts that look alike do not share, and what mending would save."""
+    saving = f"would save {percent(finding.saving)} of all prompt tokens"
+    shared = f"share {plural(finding.shared_tokens, 'token')}" if finding.shared_tokens else "share nothing"
+    one, other = (quoted(text) for text in finding.texts)
+    against = f"{one} against {other}" if one != other else f"two tokens that both read {one}"
+    lines = " and ".join(printable(line, 40) for line in finding.lines)
+    alike = plural(finding.alike_tokens, "token")
+    if finding.cause == "order":
+        return (
+            f"{finding.requests:,} requests {shared}, and then have the same lines in different orders ({alike}; "
+            f"{lines} begin with {one} and {other}). One order for all {saving}."
+        )
+    if finding.cause == "white space":
+        remedy = f"The same white space everywhere {saving}, or more."
+    else:
+        remedy = f"Moving it behind the shared text {saving}."
+    return (
+        f"{finding.requests:,} requests {shared} and part at token {finding.shared_tokens + 1:,}: {against}"
+        f"{_CAUSES.get(finding.cause, '')}, in {lines}. Then {alike} are the same again. {remedy}"
+    )
+
+
+def nothing_found(diagnosis: Diagnosis) -> str:
+    """That no prompts that look alike fail to share."""
+    return (
+        "Nothing to gain: no prompts go on alike after a short difference, or have the same lines in another order, so "
+        f"that mending would save 1 % of the prompt tokens or more ({plural(diagnosis.examined, 'prompt')} and "
+        f"{plural(diagnosis.branches, 'branch point')} looked at)."
+    )
+
+
+def explained(explanation: Explanation) -> list[tuple[str, str, str]]:
+    """What is planned for a line: label, figure and words of each row. Rows of one label follow each other."""
+    rows = [("Bad line", "", f"line {fault.number:,}: {fault.code}: {fault.message}") for fault in explanation.faults]
+    for number, request in enumerate(explanation.requests):
+        if len(explanation.requests) > 1:
+            rows.append((f"Request {number + 1}", "", f"of {len(explanation.requests):,} that this line makes"))
+        rows += _explained(request)
+    return rows
+
+
+def _explained(request: ExplainedRequest) -> list[tuple[str, str, str]]:
+    rows = [
+        ("Prompt", f"{request.prompt_tokens:,}", "tokens"),
+        ("Prompt", f"{request.shared_tokens:,}", "that some other prompt begins with too"),
+        ("Prompt", f"{request.cached_tokens:,}", "read from shared prefixes; the others are computed for it alone"),
+    ]
+    if request.identical:
+        rows.append(("Prompt", f"{request.identical:,}", "more with the very same prompt"))
+    for prefix in request.reads:
+        lines = ", ".join(printable(line, 40) for line in prefix.with_lines)
+        others = f" ({lines}{', ...' if prefix.requests - 1 > len(prefix.with_lines) else ''})" if lines else ""
+        words = f"tokens with {plural(prefix.requests - 1, 'other request')}{others}: {quoted(prefix.text)}"
+        rows.append(("Shares", f"{prefix.tokens:,}", words))
+    if not request.reads:
+        rows.append(("Shares", "", "nothing that is computed once for several"))
+    rows.append(
+        (
+            "Answer",
+            f"{request.answer_tokens:,}",
+            f"tokens expected, {request.max_new_tokens:,} at most",
+        )
+    )
+    rows.append(("Runs", f"{request.place:,}", "is its place in the order"))
+    if request.steps is None or request.seconds is None:
+        rows.append(("Runs", "", "not among the requests that were simulated"))
+        return rows
+    first, last = request.steps
+    begin, end = (duration(seconds) for seconds in request.seconds)
+    rows.append(
+        ("Runs", f"{last - first + 1:,}", f"steps, from {first:,} to {last:,}: {begin} to {end} after the start")
+    )
+    whole = request.page_steps + request.prefix_page_steps
+    rows += [
+        ("KV", f"{request.pages:,}", f"pages of its own at its end ({size(request.kv_bytes)})"),
+        ("KV", f"{request.page_steps:,}", "pages times steps that it holds them"),
+        ("KV", rate(request.prefix_page_steps), "the same for its share of the prefixes that it reads"),
+        ("KV", rate(whole), f"in all, of {size(request.page_bytes)} each"),
+    ]
+    return rows

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from html_page import HOSTILE, Page
 
 from batchrun.errors import OutputError
 from batchrun.formats.rundir import write_text_atomic
@@ -26,8 +26,6 @@ from batchrun.report.records import (
 )
 
 TOKENS = TokenCounts(prompt_logical=251_904, prompt_physical=31_220, prompt_computed=31_500, output=7_680)
-HOSTILE = "</td></table><script>alert(1)</script>\x1b[31m\x00\ud800\u202e\"' onload=x & $outcome [red]"
-VOID = {"meta", "br", "hr", "img", "link", "input"}
 
 
 def a_report(**changes) -> Report:
@@ -62,41 +60,6 @@ def some_steps(count: int, pages: int = 3000) -> np.ndarray:
         prefill, decode = 200 + index % 7, index % 60
         log.append(StepRecord(index, prefill + decode, decode, prefill, decode, pages + index % 100, 0.5))
     return log.columns
-
-
-class Page(HTMLParser):
-    """Checks that every tag is closed in its turn; keeps the tags, their attributes and the text."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: list[str] = []
-        self.feed(html)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open, f"</{tag}> closes nothing"
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.texts.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.texts).split())
-
-    def all(self, tag: str, kind: str | None = None) -> list[dict[str, str | None]]:
-        return [attrs for name, attrs in self.tags if name == tag and kind in (None, attrs.get("class"))]
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 300, COLUMNS, COLUMNS + 1, 20_000])

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from plans import ESTIMATE, TOKENS, a_diagnosis, a_plan, a_planned, an_explanation, shared_run, some_steps
 from rich.cells import cell_len
 from rich.console import Console
 
-from batchrun.formats.plan import PlanFile
+from batchrun.prefix.doctor import CAUSES, Diagnosis, Finding
+from batchrun.prefix.explain import PrefixRead, SharedRuns
 from batchrun.report.records import (
-    Estimate,
     GroupSummary,
     KvUse,
     OrderTried,
@@ -27,10 +28,9 @@ from batchrun.report.records import (
     Warned,
 )
 from batchrun.report.tables import print_faults, print_plan, print_summary
-from batchrun.report.wording import duration, outcome, printable, rate
+from batchrun.report.wording import duration, outcome, printable, rate, size
 from batchrun.request import LineFault
 
-TOKENS = TokenCounts(prompt_logical=251_904, prompt_physical=31_220, prompt_computed=31_500, output=7_680)
 KV = KvUse(page_size=16, pages=4096, peak_pages=3120)
 GROUPS = tuple(GroupSummary(number, 512 - number, 60) for number in range(14))
 HOSTILE = "\x1b[31m[red]\u202e[/red]<script>\x00\x9b\ud800" + "x" * 150 + "漢字" * 90
@@ -60,26 +60,6 @@ def a_report(**changes) -> Report:
         environment={},
     )
     return replace(report, **changes)
-
-
-def a_plan(**changes) -> PlanFile:
-    plan = PlanFile(
-        requests=480,
-        tokens=TOKENS,
-        saving=TOKENS.saving,
-        groups=GROUPS,
-        schedule_order="dfs",
-        grouping="tree",
-        steps=1204,
-        step_tokens=256,
-        kv=KV,
-        expected=Estimate(10.0, 8.0, 12.5, 6.0, 2.5, "cpu", "a processor", True, 480),
-        orders=(OrderTried("dfs", 10.0, 53, 4000, 90, 0),),
-        model="demo",
-        dtype="float32",
-        fingerprint={},
-    )
-    return replace(plan, **changes)
 
 
 def shown(show, *args, encoding: str = "utf-8", **kwargs) -> str:
@@ -182,11 +162,29 @@ def test_hostile_contents_are_escaped_and_stay_within_80_columns(encoding):
         finish_reasons={HOSTILE: 478},
         tokens=TokenCounts(10**18, 10**17, 10**17, 10**16),
     )
-    plan = a_plan(groups=tuple(GroupSummary(10**12 + n, 10**9, 10**9) for n in range(12)), model=HOSTILE)
+    chain = tuple(shared_run(10**9 + n, 10**9 + n - 1 if n else -1, text=HOSTILE) for n in range(12))
+    reads = tuple(PrefixRead(0, 0, 10**9, 10**9, (HOSTILE,) * 3, HOSTILE, 1, 1) for _ in range(3))
+    line = an_explanation(custom_id=HOSTILE, faults=(LineFault(3, HOSTILE, HOSTILE, HOSTILE),))
+    planned = a_planned(
+        a_plan(
+            model=HOSTILE,
+            requests=10**9,
+            expected=replace(ESTIMATE, hardware=HOSTILE, device=HOSTILE, seconds=1e9, high=1e12),
+            orders=(OrderTried(HOSTILE, 1e9, 10**12, 10**12, 10**12, 10**12),) * 2,
+            kv=KvUse(16, 10**12, 10**12),
+        ),
+        faults=[LineFault(10**12 + n, HOSTILE, "context_length_exceeded", HOSTILE) for n in range(9)],
+        total_lines=10**12,
+        runs=SharedRuns(chain, 10**9, 5),
+        explanation=replace(line, requests=(replace(line.requests[0], reads=reads),) * 2),
+        diagnosis=Diagnosis(
+            tuple(Finding(cause, 10**9, 10**9, 10**9, (HOSTILE,) * 2, (HOSTILE, "x"), 1, 0.5) for cause in CAUSES), 1, 1
+        ),
+    )
     fault = LineFault(10**9, HOSTILE, "invalid_request", HOSTILE)
     texts = (
         shown(print_summary, report, Path("dir") / HOSTILE.replace("\x00", ""), encoding=encoding),
-        shown(print_plan, plan, total_lines=10**9, faults=10**8, previews=[HOSTILE] * 12, encoding=encoding),
+        shown(print_plan, planned, encoding=encoding),
         shown(print_faults, [fault] * 12, more_in=HOSTILE, encoding=encoding),
     )
     for text in texts:
@@ -216,11 +214,16 @@ def test_a_narrow_terminal_gets_narrow_lines():
     assert max(map(cell_len, narrow.getvalue().splitlines())) <= 50
 
 
-def test_a_plan_shows_its_figures_and_its_ten_largest_groups():
-    previews = ["You answer\n\nquestions about the table below, and " + "go on " * 30, "\x1b[31mred"]
-    text = shown(print_plan, a_plan(), total_lines=482, faults=2, previews=previews)
+def test_a_narrow_terminal_gets_a_narrow_plan():
+    narrow = io.StringIO()
+    planned = a_planned(explanation=an_explanation(), diagnosis=a_diagnosis())
+    print_plan(Console(file=narrow, width=50), planned)
+    assert max(map(cell_len, narrow.getvalue().splitlines())) <= 50
+
+
+def test_a_plan_shows_its_figures():
+    text = shown(print_plan, a_planned())
     assert_plain_and_narrow(text)
-    assert text.isascii()
     assert text.splitlines()[0] == "Plan: 480 requests from 482 lines, 2 of them bad"
     for part in (
         "31,220  prompt, physical: 87.6 % saved",
@@ -228,27 +231,152 @@ def test_a_plan_shows_its_figures_and_its_ten_largest_groups():
         "1,204  filled up to 256 tokens each",
         "3,120  pages of 16 tokens each at peak",
         "dfs, grouping tree",
-        "not calibrated",
-        "0     512        60  You answer questions about the table",
-        r"1     511        60  \x1b[31mred",
-        "9     503        60\n",
-        "and 4 smaller ones",
+        "10.0 s  expected: 8.0 s to 12.5 s",
+        "6.0 s  at the least, by the peaks of the device",
+        "Computing limits it: 6.0 s at the peaks of cpu, against 2.5 s of",
+        "From steps measured on cpu (a processor).",
+        "Too large       1  cannot fit into the context or the KV memory: line 7",
+        "And 4 smaller ones with 1.0 % more.",
+        "7 of 9 shared runs computed once, by grouping tree; to share the others would",
     ):
         assert part in text, part
-    assert "502" not in text
+    assert "calibrated" not in text
 
 
-def test_a_plan_of_a_calibrated_device_without_groups_or_bad_lines():
-    text = shown(
-        print_plan,
-        a_plan(expected=Estimate(7500.0, 7000.0, 8000.0, 1.0, 2.0, "cpu", "a processor", True, 480), groups=()),
-        total_lines=480,
-        faults=0,
-        previews=[],
-    )
-    assert "2 h 5 min  expected" in text
-    assert "bad" not in text
-    assert "own part begins" not in text
+def test_the_forest_is_a_tree_of_its_largest_runs():
+    lines = shown(print_plan, a_planned()).splitlines()
+    first = next(index for index, line in enumerate(lines) if line.split()[:3] == ["saved", "tokens", "requests"])
+    assert lines[first + 1 : first + 6] == [
+        "0.4 %      50        21  You answer questions",
+        "0.4 %      51        21  ├─ You answer questions",
+        "0.4 %      52        21  │  └─ You answer questions",
+        "0.4 %      55        21  └─ You answer questions",
+        "0.4 %      57        21  You answer questions",
+    ]
+
+
+def test_a_wide_forest_shows_its_twelve_largest_runs():
+    runs = SharedRuns(tuple(shared_run(n, 0 if n else -1, spared=1000 + n, text=f"run {n}") for n in range(30)), 70, 0)
+    text = shown(print_plan, a_planned(runs=runs))
+    assert len(re.findall(r"run \d+$", text, re.MULTILINE)) == 12
+    assert "run 29\n" in text
+    assert "run 17\n" not in text
+    assert "And 88 smaller ones" in text
+
+
+def test_runs_begin_with_words_on_one_line():
+    text = shown(print_plan, a_planned(runs=SharedRuns((shared_run(0, text="a\n\n b\x1b[31m" + "go on " * 90),), 0, 0)))
+    assert "  a b\\x1b[31mgo on go on" in text
+    assert "..." in text
+    assert "smaller" not in text
+
+
+def test_without_anything_shared_there_is_no_tree():
+    text = shown(print_plan, a_planned(runs=SharedRuns((), 0, 0), computed_once=0))
+    assert "shared run begins" not in text
+    assert "No two prompts begin alike." in text
+
+
+def test_orders_that_were_compared_are_a_table():
+    lines = shown(print_plan, a_planned()).splitlines()
+    head = next(index for index, line in enumerate(lines) if line.endswith("  order"))
+    assert [line.split() for line in lines[head + 1 : head + 3]] == [
+        ["10.0", "s", "1,204", "31,500", "3,120", "0", "dfs"],
+        ["12.3", "s", "1,398", "45,678", "4,096", "17", "input"],
+    ]
+    alone = shown(print_plan, a_planned(a_plan(orders=a_plan().orders[:1])))
+    assert "evictions" not in alone
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"calibrated": False, "low": 6.0, "high": 6.0 / 0.35},
+            "cpu is not calibrated: the range is 35 % to 100 % of its data sheet's peaks (a processor).",
+        ),
+        (
+            {"bound_compute": 1.0, "bound_memory": 7.0},
+            "Memory limits it: weights and KV take 7.0 s at the peaks of cpu,",
+        ),
+        ({"requests": 100}, "100 of 480 requests were simulated, and figures scaled to the job."),
+    ],
+)
+def test_what_an_estimate_stands_on_is_said(changes, words):
+    planned = a_planned(a_plan(expected=replace(ESTIMATE, **changes)))
+    text = " ".join(shown(print_plan, planned).split())
+    assert words in text
+    assert ("(the part that was simulated)" in text) == ("requests" in changes)
+
+
+def test_a_plan_is_drawn_in_ascii_where_the_console_has_no_more():
+    planned = a_planned(explanation=an_explanation(), diagnosis=a_diagnosis())
+    ascii_text = shown(print_plan, planned, encoding="ascii")
+    assert ascii_text.isascii()
+    assert "\\u" not in ascii_text
+    assert "|  `- You answer questions" in ascii_text
+    assert "# decode, . prefill" in ascii_text
+    text = shown(print_plan, planned)
+    assert "█ decode, ░ prefill" in text
+    assert len(text.splitlines()) == len(ascii_text.splitlines())
+
+
+def test_a_job_that_was_not_simulated_has_no_plots():
+    assert "prefill" not in shown(print_plan, a_planned(steps=some_steps(0)))
+
+
+def test_a_line_is_explained():
+    text = " ".join(shown(print_plan, a_planned(explanation=an_explanation())).split())
+    for part in (
+        "Line 7: robin-001 Prompt 219 tokens 213 that some other prompt begins with too 212 read from shared prefixes",
+        "1 more with the very same prompt",
+        "Shares 13 tokens with 479 other requests (avocet-002, robin-003, robin-004, ...): 'You answer'",
+        "199 tokens with 1 other request (robin-003): 'Robin.\\nEach'",
+        "Answer 16 tokens expected, 32 at most",
+        "Runs 233 is its place in the order 16 steps, from 3 to 18: 46 ms to 1.5 s after the start",
+        "KV 2 pages of its own at its end (64.0 KiB) 22 pages times steps that it holds them",
+        "131 the same for its share of the prefixes that it reads 153 in all, of 32.0 KiB each",
+    ):
+        assert part in text, part
+    assert "Line 7" not in shown(print_plan, a_planned())
+
+
+def test_of_a_line_without_requests_the_fault_is_said():
+    fault = LineFault(7, "seven", "empty_prompt", "the prompt has no tokens")
+    bad = an_explanation(custom_id="seven", requests=(), faults=(fault,))
+    text = shown(print_plan, a_planned(explanation=bad))
+    assert "Bad line  line 7: empty_prompt: the prompt has no tokens" in text
+
+
+def test_every_prompt_of_a_line_is_explained_and_what_is_not_known_is_not_said():
+    [request] = an_explanation().requests
+    alone = replace(request, reads=(), steps=None, seconds=None, identical=0)
+    text = " ".join(shown(print_plan, a_planned(explanation=an_explanation(requests=(request, alone)))).split())
+    first, second = text.split("Request 2")
+    assert "Request 1 of 2 that this line makes" in first
+    assert "nothing that is computed once for several" in second
+    assert "not among the requests that were simulated" in second
+    assert "very same prompt" not in second
+
+
+def test_findings_are_sentences():
+    text = " ".join(shown(print_plan, a_planned(diagnosis=a_diagnosis())).split())
+    assert (
+        "1. 3,912 requests share 480 tokens and part at token 481: '2026-11-0' against '2026-11-1' (a date), in a and "
+        "b. Then 812 tokens are the same again. Moving it behind the shared text would save 61.0 % of all prompt "
+        "tokens."
+    ) in text
+    assert (
+        "2. 250 requests share 1 token, and then have the same lines in different orders (93 tokens; q1 and q2 begin "
+        "with '- jars' and '- ropes'). One order for all would save 4.4 % of all prompt tokens."
+    ) in text
+    assert (
+        "3. 12 requests share nothing and part at token 1: ' You' against 'You' (white space), in w1 and w2. Then 99 "
+        "tokens are the same again. The same white space everywhere would save 1.0 % of all prompt tokens, or more."
+    ) in text
+    nothing = " ".join(shown(print_plan, a_planned(diagnosis=Diagnosis((), 4392, 1))).split())
+    assert "Nothing to gain" in nothing
+    assert "(4,392 prompts and 1 branch point looked at)" in nothing
 
 
 def test_faults_have_line_code_and_message_and_the_rest_is_counted():
@@ -303,6 +431,21 @@ def test_durations_are_for_people(seconds, text):
 )
 def test_rates_have_three_digits(value, text):
     assert rate(value) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (1024**2 - 1, "1.0 MiB"),
+        (10**9, "953.7 MiB"),
+        (2**52, "4096.0 TiB"),
+    ],
+)
+def test_sizes_have_one_place(count, text):
+    assert size(count) == text
 
 
 def test_outcome_counts_what_remains():
