@@ -6,6 +6,7 @@ and the KV is a view of the pool. Partial results over disjoint KV are merged by
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -47,9 +48,7 @@ def batchrun_attention(
     Raises:
         ModelRefused: the layer asks for something that is not computed here.
     """
-    asked = [name for name, given in features.items() if given is not None and name not in _HARMLESS]
-    if asked or attention_mask is not None or dropout:
-        raise ModelRefused(f"The model's attention asks for {', '.join(asked) or 'a mask'}, which is not supported.")
+    refuse_unknown(features, attention_mask, dropout)
     layer: int = module.layer_idx  # type: ignore[assignment]
     keys, values = kv_cache.keys[layer], kv_cache.values[layer]
     keys.index_copy_(0, batch.store_index, key[0].transpose(0, 1))
@@ -113,6 +112,17 @@ def batchrun_attention(
 
     merged = out[0] if work.partials == 1 else _merge(out, lse).to(query.dtype)
     return merged.permute(1, 0, 2, 3).reshape(1, rows, heads, dim), None
+
+
+def refuse_unknown(features: Mapping[str, Any], attention_mask: torch.Tensor | None, dropout: float) -> None:
+    """Refuse a layer that asks for more than q, k and v and what is known to make no difference.
+
+    Raises:
+        ModelRefused: it does.
+    """
+    asked = [name for name, given in features.items() if given is not None and name not in _HARMLESS]
+    if asked or attention_mask is not None or dropout:
+        raise ModelRefused(f"The model's attention asks for {', '.join(asked) or 'a mask'}, which is not supported.")
 
 
 def _merge(out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:

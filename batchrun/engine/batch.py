@@ -140,8 +140,8 @@ class Pieces:
         )
 
 
-class Batch:
-    """A step as tensors.
+class StepTensors:
+    """The rows of a step as tensors, whatever computes their attention.
 
     Attributes:
         input_ids, positions: int64 `[1, T]`.
@@ -150,20 +150,27 @@ class Batch:
         num_rows: T.
     """
 
-    def __init__(self, step: Step, tables: PageTables, group_size: int, dtype: torch.dtype) -> None:
+    def __init__(self, step: Step, tables: PageTables, device: str = "cpu") -> None:
         self._step = step
         self._tables = tables
-        self._group_size = group_size
-        self._dtype = dtype
         self.num_rows = step.num_rows
-        self._pieces = Pieces.cut(step, _PIECE_ROWS)
         first = np.cumsum(step.length) - step.length  # [C]
         own = np.arange(step.num_rows) - np.repeat(first - step.start, step.length)  # [T]
         self._positions = own + np.repeat(step.depth, step.length)
-        self.input_ids = torch.from_numpy(step.token_ids.astype(np.int64))[None]
-        self.positions = torch.from_numpy(self._positions)[None]
-        self.store_index = torch.from_numpy(tables.index(np.repeat(step.sequence, step.length), own))
-        self.sample_index = torch.from_numpy((first + step.length - 1)[step.samples])
+        self.input_ids = torch.from_numpy(step.token_ids.astype(np.int64))[None].to(device)
+        self.positions = torch.from_numpy(self._positions)[None].to(device)
+        self.store_index = torch.from_numpy(tables.index(np.repeat(step.sequence, step.length), own)).to(device)
+        self.sample_index = torch.from_numpy((first + step.length - 1)[step.samples]).to(device)
+
+
+class Batch(StepTensors):
+    """A step on the CPU: its rows, and the calls that make up its attention."""
+
+    def __init__(self, step: Step, tables: PageTables, group_size: int, dtype: torch.dtype) -> None:
+        super().__init__(step, tables)
+        self._group_size = group_size
+        self._dtype = dtype
+        self._pieces = Pieces.cut(step, _PIECE_ROWS)
         self._work: dict[int | None, AttentionWork] = {}
         self._partials: dict[int | None, tuple[torch.Tensor, torch.Tensor]] = {}
 

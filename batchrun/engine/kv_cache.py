@@ -1,8 +1,4 @@
-"""The KV pool and who holds which of its pages.
-
-Token-major: K and V of a layer are `[pages * page_size, kv_heads, head_dim]`. New rows are stored by one copy each, and
-the KV of neighbouring pages is one view, read without a gather.
-"""
+"""The KV pool and who holds which of its pages."""
 
 from __future__ import annotations
 
@@ -20,9 +16,12 @@ Int64 = npt.NDArray[np.int64]
 class KVCache:
     """K and V of all layers, for `num_pages` pages.
 
+    Token-major on the CPU, `[num_pages * page_size, kv_heads, head_dim]`: new rows are stored by one copy each, and the
+    KV of neighbouring pages is one view, read without a gather. By pages on a GPU, `[num_pages, kv_heads, page_size,
+    head_dim]`: the KV of a page and a head is one block, loaded at once.
+
     Attributes:
-        keys, values: a tensor a layer, `[num_pages * page_size, kv_heads, head_dim]`. Memory that is never written is
-            never taken from the system.
+        keys, values: a tensor a layer. Memory that is never written is never taken from the system.
     """
 
     def __init__(
@@ -35,8 +34,10 @@ class KVCache:
         page_size: int,
         dtype: torch.dtype,
         device: str,
+        by_pages: bool = False,
     ) -> None:
-        shape = (num_pages * page_size, num_kv_heads, head_dim)
+        by_token = (num_pages * page_size, num_kv_heads, head_dim)
+        shape = (num_pages, num_kv_heads, page_size, head_dim) if by_pages else by_token
         self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
 
@@ -66,6 +67,11 @@ class PageTables:
             self._pages = np.concatenate((self._pages, np.zeros_like(self._pages)), axis=1)
         self._pages[ordered, place] = step.grant_page[by_slot]
         np.add.at(self._count, ordered, 1)
+
+    @property
+    def pages(self) -> Int64:
+        """The pages of each slot in order, int64 `[slots, *]`; beyond those that a slot holds, anything."""
+        return self._pages
 
     def index(self, slots: npt.NDArray[np.int32] | int, own: npt.NDArray[np.integer[Any]]) -> Int64:
         """Where own tokens of sequences lie in the pool; `slots` and `own` broadcast."""

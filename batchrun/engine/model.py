@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from batchrun.engine.attention import batchrun_attention
-from batchrun.engine.batch import Batch
+from batchrun.engine.batch import StepTensors
 from batchrun.engine.kv_cache import KVCache
 from batchrun.engine.linear import pack_linears
 from batchrun.errors import ModelRefused
 from batchrun.supported import check_supported
 
 AttentionInterface.register("batchrun", batchrun_attention)
+
+Attention = Literal["cpu", "triton"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,7 @@ class LoadedModel:
         num_layers, num_heads, num_kv_heads, head_dim: its attention.
         dtype: of weights and KV.
         device: where they are.
+        attention: what computes it: `cpu` or `triton`.
     """
 
     module: Any
@@ -38,8 +41,9 @@ class LoadedModel:
     head_dim: int
     dtype: torch.dtype
     device: str
+    attention: Attention
 
-    def logits(self, batch: Batch, kv_cache: KVCache) -> torch.Tensor:
+    def logits(self, batch: StepTensors, kv_cache: KVCache) -> torch.Tensor:
         """Run a step; the logits of the rows that sample, `[S, vocabulary]`."""
         result = self.module(
             input_ids=batch.input_ids,
@@ -52,23 +56,30 @@ class LoadedModel:
         return result.logits[0]
 
 
-def load_model(path: Path, config: dict[str, Any], dtype: str, device: str) -> LoadedModel:
+def load_model(
+    path: Path, config: dict[str, Any], dtype: str, device: str, *, attention: Attention | None = None
+) -> LoadedModel:
     """Load the model in a directory: safetensors only, no code of the model's own.
 
     Args:
         config: its parsed `config.json`.
         dtype: a name in `specs.DTYPE_BYTES`.
+        device: `cpu` or `cuda`.
+        attention: what computes it, if not what is made for the device.
 
     Raises:
         ModelRefused: it is not one that is run exactly, or its weights do not fit its configuration.
     """
     check_supported(config)
+    attention = attention or ("cpu" if device == "cpu" else "triton")
+    if attention == "triton":
+        import batchrun.engine.triton_attention  # noqa: F401  registers itself; a run on the CPU needs no triton
     transformers_logging.disable_progress_bar()  # ours are the only ones
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=getattr(torch, dtype),
-            attn_implementation="batchrun",
+            attn_implementation="batchrun" if attention == "cpu" else "batchrun_triton",
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
@@ -83,15 +94,16 @@ def load_model(path: Path, config: dict[str, Any], dtype: str, device: str) -> L
             f"The weights in {path} lack {len(missing)} tensors that the model needs, such as {missing[0]}.",
             hint="Copy the model again; the files may be of another model.",
         )
-    module.eval()
-    pack_linears(module)
-    attention = module.model.layers[0].self_attn
+    module.eval().to(device)
+    if device == "cpu":
+        pack_linears(module)
     return LoadedModel(
         module=module,
         num_layers=len(module.model.layers),
         num_heads=module.config.num_attention_heads,
         num_kv_heads=module.config.num_key_value_heads,
-        head_dim=attention.head_dim,
+        head_dim=module.model.layers[0].self_attn.head_dim,
         dtype=module.dtype,
         device=device,
+        attention=attention,
     )

@@ -60,11 +60,11 @@ class Sampler:
         token_ids = logits.argmax(dim=-1)
         drawn = np.flatnonzero(self._temperature[settings] > 0)
         if drawn.size:
-            rows = torch.from_numpy(drawn)
+            rows = torch.from_numpy(drawn).to(logits.device)
             token_ids[rows] = self._draw(
                 logits[rows].float(), settings[drawn], self._requests.seed[requests[drawn]], num_sampled[drawn]
             )
-        found = token_ids.numpy().astype(np.int32)
+        found = token_ids.cpu().numpy().astype(np.int32)
         ended = np.zeros(found.size, dtype=bool)
         end_set = self._end_set[settings]
         for which in np.unique(end_set).tolist():
@@ -81,7 +81,8 @@ class Sampler:
             ends = self._ends[which]
             ends = ends[(ends >= 0) & (ends < logits.shape[-1])]
             rows = np.flatnonzero(early & (settings == which))
-            logits[torch.from_numpy(rows)[:, None], torch.from_numpy(ends)[None]] = _NEVER
+            rows_of, columns = (torch.from_numpy(index).to(logits.device) for index in (rows, ends))
+            logits[rows_of[:, None], columns[None]] = _NEVER
 
     def _draw(
         self,
@@ -93,7 +94,7 @@ class Sampler:
         """Draw a token for each row, int64 `[K]`, from float32 logits `[K, vocabulary]`."""
 
         def column(values: npt.NDArray[np.generic]) -> torch.Tensor:
-            return torch.from_numpy(values[settings])[:, None]
+            return torch.from_numpy(values[settings])[:, None].to(logits.device)
 
         # Largest first made 0, so that a temperature near zero overflows to -inf for the others and to NaN for none.
         logits = (logits - logits.amax(dim=-1, keepdim=True)) / column(self._temperature)
@@ -106,7 +107,7 @@ class Sampler:
         # In order of token id, not of probability: a rounding difference between two near-equal tokens then moves a
         # boundary by as little, where a sorted order would swap them.
         cumulative = torch.softmax(logits, dim=-1, dtype=torch.float64).cumsum(dim=-1)
-        point = torch.from_numpy(uniform(seed, num_sampled))[:, None] * cumulative[:, -1:]
+        point = torch.from_numpy(uniform(seed, num_sampled))[:, None].to(logits.device) * cumulative[:, -1:]
         return torch.searchsorted(cumulative, point, right=True)[:, 0]
 
 
@@ -114,11 +115,11 @@ def _threshold(logits: torch.Tensor, top_k: npt.NDArray[np.int64], top_p: npt.ND
     """The smallest logit that top_k, and then top_p, keeps, `[K, 1]`. Tokens that tie with it are kept too."""
     ordered = logits.sort(dim=-1, descending=True).values
     vocabulary = logits.shape[-1]
-    k = torch.from_numpy(np.where(top_k > 0, np.minimum(top_k, vocabulary), vocabulary))[:, None]
-    ordered = ordered.masked_fill(torch.arange(vocabulary) >= k, _NEVER)
+    k = torch.from_numpy(np.where(top_k > 0, np.minimum(top_k, vocabulary), vocabulary))[:, None].to(logits.device)
+    ordered = ordered.masked_fill(torch.arange(vocabulary, device=logits.device) >= k, _NEVER)
     probability = torch.softmax(ordered, dim=-1, dtype=torch.float64)
     before = probability.cumsum(dim=-1) - probability
-    p = torch.from_numpy(top_p.astype(np.float64))[:, None]
+    p = torch.from_numpy(top_p.astype(np.float64))[:, None].to(logits.device)
     kept = ((before < p) | (p >= 1)) & (ordered > _NEVER)
     kept[:, 0] = True
     return ordered.gather(-1, kept.sum(dim=-1, keepdim=True) - 1)

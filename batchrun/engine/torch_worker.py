@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from time import perf_counter
 
 import torch
 
-from batchrun.engine.batch import Batch
+from batchrun.engine.batch import Batch, StepTensors
 from batchrun.engine.kv_cache import KVCache, PageTables
 from batchrun.engine.model import LoadedModel
 from batchrun.engine.sampler import Sampler
@@ -16,7 +17,7 @@ from batchrun.schedule.step import Step, StepOutput
 
 
 class TorchWorker:
-    """Runs steps with a model, on the CPU, one at a time.
+    """Runs steps with a model, one at a time.
 
     Args:
         model: loaded.
@@ -46,7 +47,9 @@ class TorchWorker:
             page_size=page_size,
             dtype=model.dtype,
             device=model.device,
+            by_pages=model.attention == "triton",
         )
+        self._make_batch = self._cpu_batch if model.attention == "cpu" else self._triton_batches(page_size)
         self._done: deque[StepOutput] = deque()
 
     def submit(self, step: Step) -> None:
@@ -56,11 +59,29 @@ class TorchWorker:
         began = perf_counter()
         self._tables.apply(step)
         with torch.inference_mode():
-            group_size = self._model.num_heads // self._model.num_kv_heads
-            batch = Batch(step, self._tables, group_size, self._model.dtype)
-            logits = self._model.logits(batch, self._kv_cache)
+            logits = self._model.logits(self._make_batch(step), self._kv_cache)
             token_ids, ended = self._sampler.sample(logits, step.request[step.samples], step.num_sampled[step.samples])
         self._done.append(StepOutput(token_ids, ended, perf_counter() - began))
+
+    def _cpu_batch(self, step: Step) -> StepTensors:
+        group_size = self._model.num_heads // self._model.num_kv_heads
+        return Batch(step, self._tables, group_size, self._model.dtype)
+
+    def _triton_batches(self, page_size: int) -> Callable[[Step], StepTensors]:
+        from batchrun_kernels.attention import SharedPrefixAttention
+
+        from batchrun.engine.triton_attention import TritonBatch
+
+        model = self._model
+        attention = SharedPrefixAttention(
+            heads=model.num_heads,
+            kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            page_size=page_size,
+            dtype=model.dtype,
+            device=model.device,
+        )
+        return lambda step: TritonBatch(step, self._tables, attention, model.device)
 
     def collect(self) -> StepOutput:
         return self._done.popleft()

@@ -1,0 +1,86 @@
+"""The engine with the Triton kernels under the interpreter; run by test_triton_worker.py in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from oracles import DEAR_ROWS, make_requests
+
+from batchrun.engine.model import Attention, load_model
+from batchrun.engine.torch_worker import TorchWorker
+from batchrun.execution.loop import run_loop
+from batchrun.planning.memory import MemoryBudget
+from batchrun.planning.planner import PlanOptions, make_plan
+from batchrun.prefix.forest import build_forest
+from batchrun.schedule.scheduler import Scheduler
+
+ModelFactory = Callable[..., Path]
+NEW_TOKENS = 4
+EOS = 1
+
+
+def make_prompts() -> list[list[int]]:
+    """Two levels of sharing, with ends inside pages and on their edges, and a prompt that shares nothing."""
+    random = np.random.default_rng(0)
+
+    def some(count: int) -> list[int]:
+        return random.integers(3, 300, count).tolist()
+
+    top = some(32)
+    middle = [top + some(21), top + some(5)]
+    return [*(middle[i % 2] + some(1 + 5 * i) for i in range(4)), top, top, some(19)]
+
+
+def answers(model: Path, attention: Attention, *, pages: int, step_tokens: int) -> tuple[list[list[int]], set[str]]:
+    """The greedy tokens of all prompts, and which kinds of steps there were."""
+    prompts = make_prompts()
+    requests = make_requests(prompts, [NEW_TOKENS] * len(prompts))
+    loaded = load_model(model, json.loads((model / "config.json").read_text()), "float32", "cpu", attention=attention)
+    budget = MemoryBudget(page_size=16, pages=pages, page_bytes=1, weight_bytes=0)
+    options = PlanOptions(schedule_order="dfs", grouping="tree", step_tokens=step_tokens)
+    plan = make_plan(requests, build_forest(requests.tokens), DEAR_ROWS, budget, options)
+    worker = TorchWorker(loaded, requests, eos_token_ids=frozenset({EOS}), page_size=16, num_pages=pages)
+    found: dict[int, list[int]] = {}
+    kinds: set[str] = set()
+
+    def on_step(step, output):
+        decodes = (step.num_sampled > 0) & step.samples
+        if decodes.any() and not decodes.all():
+            kinds.add("mixed")
+        if (step.start > 0)[~decodes].any():
+            kinds.add("chunked")
+        if step.prefix_reads.level.max(initial=-1) >= 1:
+            kinds.add("levels")
+
+    run_loop(
+        Scheduler(plan, requests),
+        worker,
+        on_finished=lambda finished: found.update({finished.request: finished.token_ids.tolist()}),
+        on_step=on_step,
+    )
+    worker.close()
+    return [found[request] for request in range(len(requests))], kinds
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [
+        ("llama", {"head_dim": 16}),
+        ("llama-odd-heads", {}),
+        ("qwen3", {}),
+        ("mistral-window", {"head_dim": 16}),
+    ],
+)
+def test_the_kernels_give_the_tokens_of_the_cpu(model_dir: ModelFactory, architecture: str, options: dict) -> None:
+    assert os.environ["TRITON_INTERPRET"] == "1"
+    model = model_dir(architecture, **options)
+    # Small chunks, so that prefill of one prompt is mixed with decodes of others.
+    expected, kinds = answers(model, "cpu", pages=80, step_tokens=23)
+    assert kinds == {"mixed", "chunked", "levels"}
+    assert answers(model, "triton", pages=80, step_tokens=23)[0] == expected
+    assert len({tuple(answer) for answer in expected}) > 3, "the model says the same to everything"
