@@ -3,21 +3,27 @@ cannot run. Text is let go line by line; what stays is token ids and columns."""
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from batchrun.config import RunConfig, derive_seed, resolve_max_tokens, resolve_sampling
-from batchrun.request import Endpoint, JobLine, LineFault, Requests, SamplingParams
+from batchrun.request import Endpoint, JobLine, LineFault, LineOptions, Requests, SamplingParams
 from batchrun.specs import ModelSpec
-from batchrun.tokenizer import Tokenizer
+from batchrun.tokenizer import Int32, PromptEncoder, Tokenizer
 from batchrun.tokens import TokenTableBuilder
 
 _NO_TEMPLATE = "the model has no chat template; give one with --chat-template FILE, or use /v1/completions"
-_BATCH = 1024  # lines tokenised at once, so that the tokenizer can use all cores
+# Characters, or token ids, tokenised at once: enough for all cores, and little memory (the tokenizer takes some 100
+# bytes a token for a while).
+_BATCH = 1 << 20
+_LINE = 64  # what a line counts for besides its prompts
+
+Prompts = tuple[str | tuple[int, ...], ...]  # of one line, as texts or as token ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +47,16 @@ class Intake:
 
 @dataclass(slots=True)
 class _Columns:
+    """The columns of `Requests` as they grow: a few bytes a request, where lists of objects would take hundreds."""
+
     tokens: TokenTableBuilder = field(default_factory=TokenTableBuilder)
-    line: list[int] = field(default_factory=list)
-    sampling_id: list[int] = field(default_factory=list)
-    max_new_tokens: list[int] = field(default_factory=list)
-    seed: list[int] = field(default_factory=list)
-    defaulted: list[bool] = field(default_factory=list)
-    line_numbers: list[int] = field(default_factory=list)
+    line: array[int] = field(default_factory=lambda: array("i"))
+    sampling_id: array[int] = field(default_factory=lambda: array("i"))
+    max_new_tokens: array[int] = field(default_factory=lambda: array("i"))
+    seed: array[int] = field(default_factory=lambda: array("Q"))
+    expected_tokens: array[int] = field(default_factory=lambda: array("i"))
+    defaulted: array[int] = field(default_factory=lambda: array("b"))
+    line_numbers: array[int] = field(default_factory=lambda: array("i"))
     custom_ids: list[str] = field(default_factory=list)
     endpoints: list[Endpoint] = field(default_factory=list)
 
@@ -71,28 +80,32 @@ def read_requests(
     faults: list[LineFault] = []
     known: dict[SamplingParams, int] = {}
     silent = clipped = 0
-    stream = iter(lines)
-    while batch := list(islice(stream, _BATCH)):
-        for line, prompts in zip(batch, _encode(batch, tokenizer), strict=True):
-            fault = _fault(line, prompts, spec)
+
+    @lru_cache(maxsize=4096)  # most lines say the same
+    def sampling_id(options: LineOptions) -> int:
+        sampling = resolve_sampling(options, config.sampling, generation_config, config.ignore_generation_config)
+        return known.setdefault(sampling, len(known))
+
+    encoder = PromptEncoder(tokenizer)
+    for batch in _batches(lines, tokenizer):
+        for (line, _), prompts in zip(batch, _encode(batch, encoder), strict=True):
+            fault = prompts if isinstance(prompts, LineFault) else _fault(line, prompts, spec)
             if fault is not None:
                 faults.append(fault)
                 continue
-            sampling = resolve_sampling(
-                line.options, config.sampling, generation_config, config.ignore_generation_config
-            )
+            assert not isinstance(prompts, LineFault)
             defaulted = cut = False
-            assert not isinstance(prompts, str)
             for choice, ids in enumerate(prompts):
                 limit, defaulted, clip = resolve_max_tokens(
                     line.options, line.endpoint, len(ids), config.max_tokens, spec.max_context
                 )
                 columns.tokens.append(ids)
                 columns.line.append(len(columns.custom_ids))
-                columns.sampling_id.append(known.setdefault(sampling, len(known)))
+                columns.sampling_id.append(sampling_id(line.options))
                 columns.max_new_tokens.append(limit)
                 # By the line's number, so that no other line, bad or resumed, changes it.
                 columns.seed.append(derive_seed(config.seed, line.number, choice, line.options.seed))
+                columns.expected_tokens.append(min(line.options.expected_tokens or 0, limit))
                 columns.defaulted.append(defaulted and line.endpoint is Endpoint.CHAT)
                 cut |= clip
             silent += defaulted
@@ -102,56 +115,87 @@ def read_requests(
             columns.endpoints.append(line.endpoint)
     requests = Requests(
         tokens=columns.tokens.build(),
-        line=np.array(columns.line, dtype=np.int32),
-        sampling_id=np.array(columns.sampling_id, dtype=np.int32),
+        line=np.asarray(columns.line),
+        sampling_id=np.asarray(columns.sampling_id),
         sampling=list(known),
-        max_new_tokens=np.array(columns.max_new_tokens, dtype=np.int32),
-        seed=np.array(columns.seed, dtype=np.uint64),
-        line_numbers=np.array(columns.line_numbers, dtype=np.int32),
+        max_new_tokens=np.asarray(columns.max_new_tokens),
+        seed=np.asarray(columns.seed),
+        expected_tokens=np.asarray(columns.expected_tokens),
+        line_numbers=np.asarray(columns.line_numbers),
         custom_ids=columns.custom_ids,
         endpoints=columns.endpoints,
     )
-    return Intake(requests, np.array(columns.defaulted, dtype=bool), faults, silent, clipped)
+    return Intake(requests, np.asarray(columns.defaulted).astype(bool), faults, silent, clipped)
 
 
-def _encode(batch: list[JobLine], tokenizer: Tokenizer) -> Iterator[list[list[int]] | str]:
-    """The prompts of each line as token ids, or why they cannot be had."""
-    chats = [line.messages for line in batch if line.messages is not None]
-    if tokenizer.has_chat_template:
-        encoded_chats = iter(tokenizer.encode_chats(chats))
-    else:
-        encoded_chats = iter([_NO_TEMPLATE] * len(chats))
-    texts = [prompt for line in batch for prompt in line.prompts or () if isinstance(prompt, str)]
-    encoded_texts = iter(tokenizer.encode_batch(texts))
-    for line in batch:
-        if line.messages is not None:
-            chat = next(encoded_chats)
-            yield chat if isinstance(chat, str) else [chat]
+def _batches(lines: Iterable[JobLine], tokenizer: Tokenizer) -> Iterator[list[tuple[JobLine, Prompts | LineFault]]]:
+    """The lines with their prompts, chats rendered, some at a time."""
+    batch: list[tuple[JobLine, Prompts | LineFault]] = []
+    size = 0
+    for line in lines:
+        prompts = _prompts(line, tokenizer)
+        batch.append((line, prompts))
+        size += _LINE if isinstance(prompts, LineFault) else _LINE + sum(map(len, prompts))
+        if size >= _BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _prompts(line: JobLine, tokenizer: Tokenizer) -> Prompts | LineFault:
+    if line.messages is None:
+        return line.prompts or ()
+    if not tokenizer.has_chat_template:
+        return _invalid(line, _NO_TEMPLATE)
+    try:
+        return (tokenizer.render_chat(line.messages),)
+    except ValueError as refusal:
+        return _invalid(line, str(refusal))
+
+
+def _encode(
+    batch: list[tuple[JobLine, Prompts | LineFault]], encoder: PromptEncoder
+) -> Iterator[list[Int32] | LineFault]:
+    """The prompts of each line as token ids."""
+    encoded = {}
+    for endpoint in Endpoint:
+        texts = [
+            prompt
+            for line, prompts in batch
+            if line.endpoint is endpoint and not isinstance(prompts, LineFault)
+            for prompt in prompts
+            if isinstance(prompt, str)
+        ]
+        # The template has written the special tokens of a chat.
+        encoded[endpoint] = iter(encoder.encode(texts, add_special_tokens=endpoint is not Endpoint.CHAT))
+    for line, prompts in batch:
+        if isinstance(prompts, LineFault):
+            yield prompts
         else:
-            yield [next(encoded_texts) if isinstance(prompt, str) else list(prompt) for prompt in line.prompts or ()]
+            yield [
+                next(encoded[line.endpoint]) if isinstance(prompt, str) else np.array(prompt, dtype=np.int32)
+                for prompt in prompts
+            ]
 
 
-def _fault(line: JobLine, prompts: list[list[int]] | str, spec: ModelSpec) -> LineFault | None:
+def _fault(line: JobLine, prompts: list[Int32], spec: ModelSpec) -> LineFault | None:
     """Why a line cannot run, now that its tokens are known."""
-
-    def fault(code: str, message: str, param: str) -> LineFault:
-        return LineFault(line.number, line.custom_id, code, message, param)
-
-    param = "messages" if line.messages is not None else "prompt"
-    if isinstance(prompts, str):
-        return fault("invalid_request", prompts, param)
     for ids in prompts:
-        if not ids:
-            return fault("empty_prompt", "the prompt has no tokens", param)
-        if max(ids) >= spec.vocab_size:
-            return fault(
-                "invalid_request", f"token id {max(ids)} is not below the vocabulary's {spec.vocab_size}", param
-            )
-        if len(ids) >= spec.max_context:
-            return fault(
-                "context_length_exceeded",
-                f"the prompt has {len(ids)} tokens; the model's context of {spec.max_context} leaves no room for an "
+        if not ids.size:
+            return _invalid(line, "the prompt has no tokens", "empty_prompt")
+        if (largest := int(ids.max())) >= spec.vocab_size:
+            return _invalid(line, f"token id {largest} is not below the vocabulary's {spec.vocab_size}")
+        if ids.size >= spec.max_context:
+            return _invalid(
+                line,
+                f"the prompt has {ids.size} tokens; the model's context of {spec.max_context} leaves no room for an "
                 "answer",
-                param,
+                "context_length_exceeded",
             )
     return None
+
+
+def _invalid(line: JobLine, message: str, code: str = "invalid_request") -> LineFault:
+    param = "messages" if line.messages is not None else "prompt"
+    return LineFault(line.number, line.custom_id, code, message, param)

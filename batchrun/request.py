@@ -55,7 +55,7 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class LineOptions:
-    """What a line itself says about sampling; None where it is silent."""
+    """What a line itself says about its answers; None where it is silent."""
 
     temperature: float | None = None
     top_p: float | None = None
@@ -67,9 +67,10 @@ class LineOptions:
     min_tokens: int | None = None
     max_tokens: int | None = None  # max_completion_tokens where the line has it, else max_tokens
     seed: int | None = None
+    expected_tokens: int | None = None  # a hint on the answer's length, which changes no result
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that would triple the time to make one, and a job has millions
 class JobLine:
     """One sound line of a job, as read.
 
@@ -132,6 +133,7 @@ class Requests:
         sampling: the distinct sampling settings of the job.
         max_new_tokens: int32 `[R]`, the token limit, at least 1, already clipped to the context.
         seed: uint64 `[R]`.
+        expected_tokens: int32 `[R]`, hint on the answer's length, at most its limit; 0 where there is none.
         line_numbers: int32 `[N]`, 1-based line of the job file.
         custom_ids: `[N]`.
         endpoints: `[N]`.
@@ -143,6 +145,7 @@ class Requests:
     sampling: list[SamplingParams]
     max_new_tokens: npt.NDArray[np.int32]
     seed: npt.NDArray[np.uint64]
+    expected_tokens: npt.NDArray[np.int32]
     line_numbers: npt.NDArray[np.int32]
     custom_ids: list[str]
     endpoints: list[Endpoint]
@@ -176,6 +179,7 @@ class Requests:
             sampling=self.sampling,
             max_new_tokens=self.max_new_tokens[rows],
             seed=self.seed[rows],
+            expected_tokens=self.expected_tokens[rows],
             line_numbers=self.line_numbers[lines],
             custom_ids=[self.custom_ids[line] for line in lines],
             endpoints=[self.endpoints[line] for line in lines],

@@ -5,14 +5,24 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections import OrderedDict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, groupby, pairwise
+from os.path import commonprefix
 from pathlib import Path
+from string import punctuation
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from batchrun.errors import ModelRefused, UsageError
 
 _REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no character, or not yet one
 _BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
+
+Int32 = npt.NDArray[np.int32]
 
 
 class Tokenizer:
@@ -36,39 +46,34 @@ class Tokenizer:
         if decoder is not None and b'"ByteFallback"' in decoder.__getstate__():
             self._bytes = frozenset(id for token, id in fast.get_vocab().items() if _BYTE_TOKEN.fullmatch(token))
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, with the special tokens that the tokenizer adds by default."""
-        return self._encode(texts, add_special_tokens=True)
+    def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+        """Token ids of each text, on all cores.
 
-    def encode_chats(self, chats: Iterable[Sequence[Mapping[str, Any]]]) -> list[list[int] | str]:
-        """Token ids of each list of messages in the chat template, up to where the assistant begins to speak.
+        Args:
+            add_special_tokens: put in the special tokens that the tokenizer adds by default (BOS, for one).
+        """
+        encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+        return [encoding.ids for encoding in encoded]
 
-        Returns:
-            For each chat its token ids or, where the template cannot render it, the reason.
+    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """The text of a chat in the chat template, up to where the assistant begins to speak. It has its special
+        tokens in it already.
 
         Raises:
+            ValueError: the template does not take these messages; the message says why.
             UsageError: the template itself is not valid Jinja.
         """
         from jinja2 import TemplateSyntaxError
 
-        texts: list[str] = []
-        faults: dict[int, str] = {}
-        for i, messages in enumerate(chats):
-            text = ""
-            try:
-                text = self._fast.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-            except TemplateSyntaxError as error:
-                raise UsageError(
-                    f"The chat template is not valid Jinja: line {error.lineno}: {error.message}.",
-                    hint="Give another with --chat-template FILE.",
-                ) from error
-            except Exception as error:  # a template can raise anything, and it concerns this chat only
-                faults[i] = f"the chat template refuses these messages: {error}"
-            texts.append(text)
-        rows: list[list[int] | str] = [*self._encode(texts, add_special_tokens=False)]
-        for i, fault in faults.items():
-            rows[i] = fault
-        return rows
+        try:
+            return self._fast.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        except TemplateSyntaxError as error:
+            raise UsageError(
+                f"The chat template is not valid Jinja: line {error.lineno}: {error.message}.",
+                hint="Give another with --chat-template FILE.",
+            ) from error
+        except Exception as error:  # a template can raise anything, and it concerns this chat only
+            raise ValueError(f"the chat template refuses these messages: {error}") from error
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens left out."""
@@ -88,9 +93,169 @@ class Tokenizer:
         """Whether a token is one byte, to be decoded together with the byte tokens next to it."""
         return token_id in self._bytes
 
-    def _encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
-        batch = self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
-        return [encoding.ids for encoding in batch]
+    def section_starts(self) -> SectionStarts | None:
+        """Where texts may be cut without a change of their token ids, or None: nowhere."""
+        return _section_starts(self._backend)
+
+
+class PromptEncoder:
+    """Token ids of the prompts of a job: what is certain to be tokenised alike is tokenised once.
+
+    Identical texts are, and identical sections of different ones: the system prompt of a chat, for instance
+    (`SectionStarts`). The sections used last are kept, up to a number of bytes.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, kept_bytes: int = 64 << 20) -> None:
+        self._tokenizer = tokenizer
+        self._starts = tokenizer.section_starts()
+        self._kept: OrderedDict[tuple[bool, str], Int32] = OrderedDict()  # the one used last is last
+        self._bytes_left = kept_bytes
+
+    def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[Int32]:
+        """As `Tokenizer.encode_batch`; int32 arrays, which are not to be written to."""
+        if self._starts is None:
+            known = self._encode_sections(set(texts), add_special_tokens)
+            return [known[text] for text in texts]
+        before, after = self._starts.around if add_special_tokens else (_NO_IDS, _NO_IDS)
+        sections = [self._starts.cut(text) for text in texts]
+        known = self._encode_sections(set(chain.from_iterable(sections)), False)
+        return [np.concatenate([before, *map(known.__getitem__, row), after]) for row in sections]
+
+    def _encode_sections(self, sections: Collection[str], add_special_tokens: bool) -> dict[str, Int32]:
+        known: dict[str, Int32] = {}
+        new = []
+        for section in sections:
+            ids = self._kept.get((add_special_tokens, section))
+            if ids is None:
+                new.append(section)
+            else:
+                known[section] = ids
+                self._kept.move_to_end((add_special_tokens, section))
+        for section, row in zip(
+            new, self._tokenizer.encode_batch(new, add_special_tokens=add_special_tokens), strict=True
+        ):
+            known[section] = ids = np.fromiter(row, dtype=np.int32, count=len(row))
+            self._kept[add_special_tokens, section] = ids
+            self._bytes_left -= _kept_bytes(section, ids)
+        while self._bytes_left < 0:
+            (_, section), ids = self._kept.popitem(last=False)
+            self._bytes_left += _kept_bytes(section, ids)
+        return known
+
+
+def _kept_bytes(section: str, ids: Int32) -> int:
+    return sys.getsizeof(section) + sys.getsizeof(ids) + 200  # the last for a place in a dictionary and its key
+
+
+# --- sections -----------------------------------------------------------------------------------------------------
+
+_NO_IDS = np.empty(0, dtype=np.int32)
+
+# The parts that treat each section between added tokens by itself, all that `tokenizers` 0.23 has: what they do
+# with a section depends on its text, and (Metaspace with prepend_scheme "first") on whether it begins the whole text.
+_NORMALIZERS = {"BertNormalizer", "ByteLevel", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Precompiled"}
+_NORMALIZERS |= {"Prepend", "Replace", "Sequence", "Strip", "StripAccents"}
+_PRE_TOKENIZERS = {"BertPreTokenizer", "ByteLevel", "CharDelimiterSplit", "Digits", "FixedLength", "Metaspace"}
+_PRE_TOKENIZERS |= {"Punctuation", "Sequence", "Split", "UnicodeScripts", "Whitespace", "WhitespaceSplit"}
+# Those that change no ids but put some before and behind them.
+_POST_PROCESSORS = {"BertProcessing", "ByteLevel", "RobertaProcessing", "Sequence", "TemplateProcessing"}
+_MODELS = {"BPE", "Unigram", "WordLevel", "WordPiece"}
+_PUNCTUATION = set(punctuation) - {"_"}  # ASCII's; none of it is a space or part of a word
+
+
+class SectionStarts:
+    """Where a text can be cut such that the token ids of the pieces, one after another, are those of the text.
+
+    `tokenizers` takes added tokens out of a text before anything else, and each section between them goes through
+    normalizer, pre-tokenizer and model by itself. So a text may be cut in front of an added token, if that token is
+    found whatever stands around it:
+
+    - it is looked for in the text as it is (`normalized` is false), where of the tokens that begin first the longest
+      is taken, and the search goes on behind it; the same search is made here;
+    - it asks nothing of its neighbours and takes no spaces from them (`single_word`, `lstrip` and `rstrip` are false);
+    - it begins and ends with punctuation, so its neighbours, if they ask for a word's end or take spaces, see on its
+      side what they see at the end of a text.
+
+    Only the first piece begins where the text begins; every other one begins with its token, as it does in the text.
+
+    Attributes:
+        around: ids that the tokenizer adds before and behind those of a text.
+    """
+
+    def __init__(self, searched: Iterable[str], starts: Collection[str], around: tuple[Int32, Int32]) -> None:
+        self._search = re.compile(_longest_of(sorted(searched)))
+        self._starts = frozenset(starts)
+        self.around = around
+
+    def cut(self, text: str) -> list[str]:
+        """The pieces of a text, none of them empty."""
+        starts = (match.start() for match in self._search.finditer(text) if match[0] in self._starts)
+        return [text[start:stop] for start, stop in pairwise((0, *starts, len(text))) if start < stop]
+
+
+def _section_starts(backend: Any) -> SectionStarts | None:
+    model = backend.model
+    if (
+        not _kinds(backend.normalizer) <= _NORMALIZERS
+        or not _kinds(backend.pre_tokenizer) <= _PRE_TOKENIZERS
+        or not _kinds(backend.post_processor) <= _POST_PROCESSORS
+        or type(model).__name__ not in _MODELS
+        # Tokenising at random (BPE dropout, sampling from a unigram model), and special tokens taken for text.
+        or getattr(model, "dropout", None)
+        or getattr(model, "alpha", None)
+        or backend.encode_special_tokens
+    ):
+        return None
+    searched = [token for token in backend.get_added_tokens_decoder().values() if not token.normalized]
+    starts = [
+        token.content
+        for token in searched
+        if not (token.single_word or token.lstrip or token.rstrip)
+        and {token.content[0], token.content[-1]} <= _PUNCTUATION
+    ]
+    if not starts:
+        return None
+    one = backend.encode(starts[0])  # a text of one token
+    at = one.special_tokens_mask.index(0)
+    before, after = (np.array(ids, dtype=np.int32) for ids in (one.ids[:at], one.ids[at + 1 :]))
+    return SectionStarts((token.content for token in searched), starts, (before, after))
+
+
+def _kinds(part: Any) -> set[str]:
+    """The kinds of a tokenizer's part and of those in it; none if it has no such part."""
+
+    def kinds(state: dict[str, Any]) -> Iterator[str]:
+        # A template may have the text twice in it, or not at all.
+        template = state.get("single", ({"Sequence": {"id": "A"}},))
+        if [piece["Sequence"]["id"] for piece in template if "Sequence" in piece] != ["A"]:
+            yield "a template that does more than to add tokens"
+        yield state["type"]
+        for name in ("normalizers", "pretokenizers", "processors"):
+            for inner in state.get(name, ()):
+                yield from kinds(inner)
+
+    try:
+        return set() if part is None else set(kinds(json.loads(part.__getstate__())))
+    except Exception:  # written in Python: it has no state that can be told
+        return {"unknown"}
+
+
+def _longest_of(texts: list[str]) -> str:
+    """A regular expression for the longest of some sorted texts that stands at a place. It is a tree over their
+    letters, as there may be thousands that begin alike."""
+    may_end = not texts[0]
+    branches = []
+    for _, group in groupby(filter(None, texts), key=lambda text: text[0]):
+        alike = list(group)
+        shared = commonprefix(alike)  # noqa: RUF071 (of texts, letter by letter)
+        branches.append(re.escape(shared) + _longest_of([text[len(shared) :] for text in alike]))
+    if not branches:
+        return ""
+    tree = "|".join(branches)
+    return (f"(?:{tree})" if may_end or len(branches) > 1 else tree) + ("?" if may_end else "")
+
+
+# --- decoding -----------------------------------------------------------------------------------------------------
 
 
 class IncrementalDecoder:

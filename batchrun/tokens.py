@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -68,28 +69,17 @@ class TokenTable:
 
 
 class TokenTableBuilder:
-    """Appends rows; doubles its buffer, so that building is linear in tokens."""
+    """Appends rows. Its buffers grow in place, by a sixteenth, so that what it holds is what the table will."""
 
-    def __init__(self, capacity: int = 1 << 16) -> None:
-        self._ids = np.empty(capacity, dtype=np.int32)
-        self._size = 0
-        self._ends: list[int] = [0]
+    def __init__(self) -> None:
+        self._ids = array("i")
+        self._offsets = array("q", [0])
 
     def append(self, row: npt.ArrayLike) -> None:
         """Add one row of token ids."""
-        row = np.asarray(row, dtype=np.int32)
-        end = self._size + row.size
-        if end > self._ids.size:
-            grown = np.empty(max(end, 2 * self._ids.size), dtype=np.int32)
-            grown[: self._size] = self._ids[: self._size]
-            self._ids = grown
-        self._ids[self._size : end] = row
-        self._size = end
-        self._ends.append(end)
-
-    def __len__(self) -> int:
-        return len(self._ends) - 1
+        self._ids.frombytes(np.asarray(row, dtype=np.int32).tobytes())
+        self._offsets.append(len(self._ids))
 
     def build(self) -> TokenTable:
-        """The table of all rows so far; the builder gives its buffer away and must not be used again."""
-        return TokenTable(self._ids[: self._size], np.asarray(self._ends, dtype=np.int64))
+        """The table of all rows so far, over the builder's own buffers: no row can be added any more."""
+        return TokenTable(np.asarray(self._ids), np.asarray(self._offsets))

@@ -39,7 +39,9 @@ def answer(prompt: list[int], limit: int, end: int | None, vocabulary: int = 50)
     return sampled
 
 
-def make_requests(prompts: list[list[int]], limits: list[int], *, ignore_eos: bool = False) -> Requests:
+def make_requests(
+    prompts: list[list[int]], limits: list[int], *, ignore_eos: bool = False, expected_tokens: list[int] | None = None
+) -> Requests:
     """Requests as the pipeline would make them, one a line."""
     count = len(prompts)
     return Requests(
@@ -49,6 +51,7 @@ def make_requests(prompts: list[list[int]], limits: list[int], *, ignore_eos: bo
         sampling=[SamplingParams(temperature=0.0, ignore_eos=ignore_eos)],
         max_new_tokens=np.asarray(limits, dtype=np.int32),
         seed=np.arange(count, dtype=np.uint64),
+        expected_tokens=np.asarray(expected_tokens or [0] * count, dtype=np.int32),
         line_numbers=np.arange(1, count + 1, dtype=np.int32),
         custom_ids=[f"r{i}" for i in range(count)],
         endpoints=[],

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 
+import numpy as np
 import pytest
 
 from batchrun.config import derive_seed, load_config
 from batchrun.formats.job import open_job, read_job
 from batchrun.intake import Intake, read_requests
 from batchrun.models import read_model_spec
-from batchrun.request import Endpoint, JobLine
+from batchrun.request import Endpoint, JobLine, LineOptions
+from batchrun.specs import ModelSpec
 from batchrun.tokenizer import load_tokenizer
 
 CONTEXT = 512  # of the tiny models
@@ -52,7 +55,8 @@ def test_every_prompt_keeps_its_line_its_tokens_and_its_limit(intake):
     ]
     result, tokenizer = intake(lines)
     requests = result.requests
-    [rendered] = tokenizer.encode_chats([[{"role": "user", "content": "plum"}]])
+    chat_text = tokenizer.render_chat([{"role": "user", "content": "plum"}])
+    [rendered] = tokenizer.encode_batch([chat_text], add_special_tokens=False)
     texts = tokenizer.encode_batch(["apple pear", "apple", "stock price"])
     expected = [texts[0], rendered, texts[1], texts[2], texts[1], [5, 6, 7], [8]]
     assert [requests.tokens[i].tolist() for i in range(len(requests))] == expected
@@ -64,8 +68,9 @@ def test_every_prompt_keeps_its_line_its_tokens_and_its_limit(intake):
     assert result.faults == []
 
 
-def test_lines_refused_in_between_shift_nothing_over_more_than_one_batch(intake):
-    """Tokenising goes by batches of 1,024 lines, chats and texts apart; a bad line must not shift its neighbours."""
+def test_lines_refused_in_between_shift_nothing_over_more_than_one_batch(intake, monkeypatch):
+    """Tokenising goes by batches, chats and texts apart; a bad line must not shift its neighbours."""
+    monkeypatch.setattr("batchrun.intake._BATCH", 50_000)
     lines = []
     for i in range(2100):
         match i % 7:
@@ -168,6 +173,51 @@ def test_a_template_that_writes_nothing_makes_an_empty_prompt(intake, tmp_path):
     template.write_text("{{ messages[0]['content'] if 'said' in messages[0]['content'] }}")
     result, _ = intake([chat("said"), chat("silent")], chat_template=str(template), max_tokens=1)
     assert faults(result) == [(2, "empty_prompt")]
+
+
+def test_hints_are_columns_and_never_more_than_the_limit(intake):
+    lines = [
+        chat("a", max_tokens=50, batchrun={"expected_tokens": 20}),
+        {"prompt": "a", "max_tokens": 50},
+        {"prompt": ["a", "b"], "max_tokens": 50, "batchrun": {"expected_tokens": 10**12}},
+    ]
+    requests = intake(lines)[0].requests
+    assert requests.expected_tokens.tolist() == [20, 0, 50, 50]
+    assert requests.take_lines(np.array([0, 2])).expected_tokens.tolist() == [20, 50, 50]
+    without = intake([{k: v for k, v in line.items() if k != "batchrun"} for line in lines])[0].requests
+    for name in ("sampling_id", "max_new_tokens", "seed"):
+        assert getattr(requests, name).tolist() == getattr(without, name).tolist()
+
+
+def test_tokenising_in_small_batches_changes_nothing(intake, monkeypatch):
+    lines = [chat(f"apple {i % 3}", max_tokens=1) if i % 2 else {"prompt": [f"pear {i % 5}", "x"]} for i in range(40)]
+    whole = intake(lines)[0].requests
+    monkeypatch.setattr("batchrun.intake._BATCH", 200)
+    cut = intake(lines)[0].requests
+    assert cut.tokens.ids.tolist() == whole.tokens.ids.tolist()
+    assert cut.tokens.offsets.tolist() == whole.tokens.offsets.tolist()
+
+
+def test_memory_is_what_the_tokens_and_the_columns_take(intake):
+    """4 bytes a prompt token and 200 bytes a request, beside what does not grow with the job."""
+
+    def lines(count: int):
+        for i in range(count):
+            yield JobLine(i + 1, f"request-{i}", Endpoint.COMPLETIONS, LineOptions(), prompts=("a " * (200 + i % 2),))
+
+    _, tokenizer = intake([])
+    spec = ModelSpec("llama", 384, 8, 8, 1, 1, 1, 8, 4096, None, "float32")
+    config = load_config(model="none")
+    used, ids = [], []
+    for count in (2000, 10_000):
+        tracemalloc.start()
+        try:
+            requests = read_requests(lines(count), tokenizer, spec, {}, config).requests
+            used.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+        ids.append(requests.tokens.ids.nbytes)
+    assert used[1] - used[0] < ids[1] - ids[0] + 200 * 8000
 
 
 def test_equal_sampling_is_one_entry(intake):

@@ -8,14 +8,17 @@ import sys
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
+from typing import Any
 
+import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given, note, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from batchrun.errors import ModelRefused, UsageError
-from batchrun.tokenizer import IncrementalDecoder, StopStrings, load_tokenizer
+from batchrun.tokenizer import IncrementalDecoder, PromptEncoder, StopStrings, _section_starts, load_tokenizer
+from batchrun.tokenizer import Tokenizer as BatchrunTokenizer
 
 TEXTS = [
     "",
@@ -100,11 +103,38 @@ KINDS = {
 }
 
 
+def bert() -> Tokenizer:
+    """As BERT: pieces of lower-case words."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.train_from_iterator(CORPUS, trainers.WordPieceTrainer(vocab_size=300, special_tokens=SPECIAL))
+    add_tokens(tokenizer)
+    return tokenizer
+
+
+def unigram() -> Tokenizer:
+    """As T5: the likeliest pieces, each section beginning with a space."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(vocab_size=300, special_tokens=SPECIAL, unk_token="<unk>")
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    add_tokens(tokenizer)
+    return tokenizer
+
+
+# Tokenizers of other kinds of models.
+MORE_KINDS = {"bert": bert, "unigram": unigram}
+
+
 @cache
 def saved(kind: str, model_type: str = "llama", declared: str | None = "PreTrainedTokenizerFast") -> Path:
     """A model directory with the tokenizer of that kind."""
     folder = Path(mkdtemp(dir=ROOT.name))
-    KINDS[kind]().save(str(folder / "tokenizer.json"))
+    (KINDS | MORE_KINDS)[kind]().save(str(folder / "tokenizer.json"))
     config = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "chat_template": TEMPLATE}
     if declared is not None:
         config["tokenizer_class"] = declared
@@ -116,6 +146,12 @@ def saved(kind: str, model_type: str = "llama", declared: str | None = "PreTrain
 @cache
 def ours(kind: str):
     return load_tokenizer(saved(kind))
+
+
+def encode_chat(tokenizer, messages) -> list[int]:
+    """As intake does."""
+    [ids] = PromptEncoder(tokenizer).encode([tokenizer.render_chat(messages)], add_special_tokens=False)
+    return ids.tolist()
 
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -140,7 +176,7 @@ def test_the_tokenizer_is_the_one_that_transformers_builds(kind, model_type, dec
     assert tokenizer.encode_batch(TEXTS) == [theirs(text)["input_ids"] for text in TEXTS]
     messages = [{"role": "system", "content": TEXTS[3]}, {"role": "user", "content": TEXTS[5], "name": None}]
     chat = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    assert tokenizer.encode_chats([tuple(messages)]) == [chat]
+    assert encode_chat(tokenizer, tuple(messages)) == chat
     for text in TEXTS:
         ids = theirs(text)["input_ids"]
         assert tokenizer.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
@@ -159,9 +195,8 @@ def test_what_transformers_saves_is_read_the_same(tmp_path):
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.encode_batch(TEXTS) == theirs(TEXTS)["input_ids"]
     messages = [{"role": "user", "content": "hi"}]
-    assert tokenizer.encode_chats([messages]) == [
-        theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    ]
+    chat = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert encode_chat(tokenizer, messages) == chat
     assert tokenizer.eos_token_ids({"eos_token_id": 7}) == {7, theirs.eos_token_id}
 
 
@@ -177,7 +212,7 @@ def test_truncation_and_padding_of_the_file_are_not_applied(tmp_path):
 @every_kind
 def test_a_chat_has_the_template_and_nothing_added(kind):
     tokenizer = ours(kind)
-    [ids] = tokenizer.encode_chats([[{"role": "user", "content": "hi"}]])
+    ids = encode_chat(tokenizer, [{"role": "user", "content": "hi"}])
     [bos] = tokenizer.encode_batch([""])
     if bos:
         assert ids[: len(bos)] == bos and ids.count(bos[0]) == 1
@@ -191,44 +226,284 @@ def test_eos_ids_are_those_of_the_model_and_of_the_tokenizer():
     assert tokenizer.eos_token_ids({"eos_token_id": [5, 6, own]}) == {own, 5, 6}
 
 
+# --- text that is tokenised once
+
+
+class Spied:
+    """A tokenizer that notes what it is asked to encode."""
+
+    def __init__(self, tokenizer: BatchrunTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.asked: list[str] = []
+
+    def section_starts(self):
+        return self._tokenizer.section_starts()
+
+    def encode_batch(self, texts, *, add_special_tokens):
+        self.asked += texts
+        return self._tokenizer.encode_batch(texts, add_special_tokens=add_special_tokens)
+
+
+def wrapped(tokenizer: Tokenizer) -> BatchrunTokenizer:
+    from transformers import PreTrainedTokenizerFast
+
+    return BatchrunTokenizer(PreTrainedTokenizerFast(tokenizer_object=tokenizer))
+
+
+def check_encoder(tokenizer: BatchrunTokenizer, texts: list[str], kept_bytes: int = 1 << 20) -> None:
+    """Ids are those of the whole texts, whatever is remembered of the texts before."""
+    encoder = PromptEncoder(tokenizer, kept_bytes=kept_bytes)
+    for add_special_tokens in (False, True, False):
+        expected = tokenizer.encode_batch(texts, add_special_tokens=add_special_tokens)
+        for some in (slice(0, None, 2), slice(None)):
+            found = encoder.encode(texts[some], add_special_tokens=add_special_tokens)
+            assert [ids.tolist() for ids in found] == expected[some]
+            assert all(ids.dtype == np.int32 for ids in found)
+
+
+@cache
+def pieces_of_words() -> dict[str, Any]:
+    """Models that know some words and all their letters."""
+    letters = sorted({*"".join(CORPUS), *pre_tokenizers.ByteLevel.alphabet(), "▁"})
+    trained = {}
+    for name, model, trainer in (
+        ("BPE", models.BPE(), trainers.BpeTrainer(vocab_size=500, initial_alphabet=letters)),
+        (
+            "WordPiece",
+            models.WordPiece(unk_token="[UNK]"),
+            trainers.WordPieceTrainer(vocab_size=500, special_tokens=["[UNK]"]),
+        ),
+        ("Unigram", models.Unigram(), trainers.UnigramTrainer(vocab_size=400, unk_token="<unk>")),
+    ):
+        tokenizer = Tokenizer(model)
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        trainer.show_progress = False
+        tokenizer.train_from_iterator([*CORPUS, "x a| aa <a |> <|a b|>"] * 3, trainer)
+        trained[name] = json.loads(tokenizer.to_str())["model"]
+    trained["BPE"]["unk_token"] = None
+    vocab = {"?": 0, "the": 1, "cat": 2, "▁the": 3, "▁cat": 4, "a": 5, "Ġcat": 6}
+    trained["WordLevel"] = {"type": "WordLevel", "vocab": vocab, "unk_token": "?"}
+    return trained
+
+
+NORMALIZERS = [
+    None,
+    normalizers.NFC(),
+    normalizers.Sequence([normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase()]),
+    normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]),
+    normalizers.Sequence([normalizers.Strip(), normalizers.Replace("a", "e")]),
+    normalizers.BertNormalizer(),
+    normalizers.ByteLevel(),
+]
+PRE_TOKENIZERS = [
+    None,
+    pre_tokenizers.ByteLevel(add_prefix_space=False),
+    pre_tokenizers.ByteLevel(add_prefix_space=True),
+    pre_tokenizers.Metaspace(prepend_scheme="always"),
+    pre_tokenizers.Metaspace(prepend_scheme="first"),
+    pre_tokenizers.Metaspace(prepend_scheme="first", split=False),
+    pre_tokenizers.Metaspace(prepend_scheme="never"),
+    pre_tokenizers.BertPreTokenizer(),
+    pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\s+(?!\S)|\s?\w+|[^\s\w]+"), "isolated"),
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False),
+        ]
+    ),
+    pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="first")]),
+    pre_tokenizers.FixedLength(length=3),
+    pre_tokenizers.UnicodeScripts(),
+]
+POST_PROCESSORS = [
+    None,
+    processors.ByteLevel(),
+    processors.BertProcessing(("</s>", 1), ("<s>", 0)),
+    processors.RobertaProcessing(("</s>", 1), ("<s>", 0)),
+    processors.TemplateProcessing(single="<s> <s> $A </s>", special_tokens=[("<s>", 3), ("</s>", 4)]),
+    processors.Sequence(
+        [processors.ByteLevel(), processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 3)])]
+    ),
+]
+# Tokens that overlap, hold one another, are words, or begin and end with spaces or letters.
+CONTENTS = [
+    "<s>",
+    "</s>",
+    "<s></s>",
+    "<|a|>",
+    "<|a|>b",
+    "|>",
+    "<|",
+    "a",
+    "aa",
+    " <|b|>",
+    "<|b|> ",
+    "cat",
+    "[x]",
+    "_",
+    "é.",
+]
+FLAGS = ["normalized", "single_word", "lstrip", "rstrip", "special"]
+LUMPS = [
+    *CONTENTS,
+    " ",
+    "  ",
+    "\n",
+    "the cat",
+    "Café",
+    "cafe\u0301",
+    "日本",
+    "<",
+    "s>",
+    "|",
+    "b",
+    ".",
+    "▁",
+    "\u00a0",
+    "12",
+]
+texts_of_lumps = st.lists(st.sampled_from(LUMPS), max_size=12).map("".join)
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=600)
+def test_what_is_tokenised_once_has_the_ids_of_the_whole_text(data):
+    """Whatever the tokenizer is made of, and whatever flags its added tokens have."""
+    config = json.loads(Tokenizer(models.BPE()).to_str())
+    model = data.draw(st.sampled_from(sorted(pieces_of_words())))
+    tokenizer = Tokenizer.from_str(json.dumps(config | {"model": pieces_of_words()[model]}))
+    if (normalizer := data.draw(st.sampled_from(NORMALIZERS))) is not None:
+        tokenizer.normalizer = normalizer
+    if (pre_tokenizer := data.draw(st.sampled_from(PRE_TOKENIZERS))) is not None:
+        tokenizer.pre_tokenizer = pre_tokenizer
+    if (post_processor := data.draw(st.sampled_from(POST_PROCESSORS))) is not None:
+        tokenizer.post_processor = post_processor
+    flags = st.fixed_dictionaries({}, optional=dict.fromkeys(FLAGS, st.booleans()))
+    added = data.draw(st.dictionaries(st.sampled_from(CONTENTS), flags))
+    tokenizer.add_tokens(
+        [AddedToken(content, **flags) for content, flags in ({"[x]": {"normalized": False}} | added).items()]
+    )
+    texts = data.draw(st.lists(texts_of_lumps, min_size=1, max_size=5))
+    note((model, normalizer, pre_tokenizer, post_processor, added, texts))
+    check_encoder(wrapped(tokenizer), texts, data.draw(st.sampled_from([0, 600, 1 << 20])))
+
+
+@given(st.sampled_from([*KINDS, *MORE_KINDS]), st.lists(st.text() | texts_of_lumps, max_size=4), st.text())
+@settings(deadline=None, max_examples=300)
+def test_chats_of_every_kind_of_tokenizer_have_the_ids_of_the_whole_text(kind, contents, system):
+    tokenizer = ours(kind)
+    assert tokenizer.section_starts() is not None
+    texts = [
+        tokenizer.render_chat([{"role": "system", "content": system}, {"role": "user", "content": content}])
+        for content in contents
+    ]
+    check_encoder(tokenizer, texts)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *MORE_KINDS])
+def test_a_system_prompt_is_tokenised_once(kind):
+    tokenizer = Spied(ours(kind))
+    encoder = PromptEncoder(tokenizer)
+    system = {"role": "system", "content": "the cat sat on the mat " * 50}
+    for batch in range(2):
+        encoder.encode(
+            [ours(kind).render_chat([system, {"role": "user", "content": f"question {batch} {i}"}]) for i in range(5)],
+            add_special_tokens=False,
+        )
+    assert sum(system["content"] in text for text in tokenizer.asked) == 1
+    assert len(tokenizer.asked) < 10 + 6  # the questions, and what the template puts around them
+
+
+def test_identical_texts_are_tokenised_once():
+    for whole in (Tokenizer(models.BPE()), byte_level()):
+        tokenizer = Spied(wrapped(whole))
+        encoder = PromptEncoder(tokenizer)
+        for _ in range(2):
+            encoder.encode(["hello", "the cat", "hello"], add_special_tokens=True)
+        assert sorted(tokenizer.asked) == ["hello", "the cat"]
+
+
+def test_what_is_remembered_is_bounded_and_is_what_was_used_last():
+    tokenizer = Spied(ours("byte_level"))
+    encoder = PromptEncoder(tokenizer, kept_bytes=10_000)
+    for i in range(200):
+        encoder.encode([f"the cat {i}" + " sat" * 20, "hello"], add_special_tokens=False)
+        held = sum(sys.getsizeof(text) + ids.nbytes for (_, text), ids in encoder._kept.items())
+        assert 0 < held < 10_000
+    assert tokenizer.asked.count("hello") == 1
+    encoder.encode(["long " * 10_000, "the cat 199" + " sat" * 20], add_special_tokens=False)
+    assert tokenizer.asked.count("the cat 199" + " sat" * 20) == 1
+    assert not encoder._kept
+
+
+def test_texts_are_cut_in_front_of_tokens_that_stand_for_themselves():
+    tokenizer = byte_level()
+    tokenizer.add_tokens([AddedToken("<strip>", lstrip=True, special=True), AddedToken("word", special=True)])
+    starts = wrapped(tokenizer).section_starts()
+    assert starts.cut("") == []
+    assert starts.cut("a <s><s> b <strip> word </s>") == ["a ", "<s>", "<s> b <strip> word ", "</s>"]
+    tokenizer.add_tokens([AddedToken(" </s>", special=True)])
+    assert wrapped(tokenizer).section_starts().cut("a </s>b</s>") == ["a </s>b", "</s>"]
+
+
+def uncut() -> dict[str, Tokenizer]:
+    """Tokenizers whose sections cannot be shown to be tokenised by themselves."""
+
+    class Own:
+        def pre_tokenize(self, text):
+            text.split(lambda i, part: [part] if i else part.split(" ", "isolated"))
+
+    made = {name: byte_level() for name in ("text twice", "special tokens as text", "random", "written in Python")}
+    made["no special tokens"] = Tokenizer(models.BPE({"a": 0}, []))
+    twice = processors.TemplateProcessing(single="$A $A", special_tokens=[])
+    made["text twice"].post_processor = processors.Sequence([twice])
+    made["special tokens as text"].encode_special_tokens = True
+    made["random"].model.dropout = 0.5
+    made["written in Python"].pre_tokenizer = pre_tokenizers.PreTokenizer.custom(Own())
+    return made
+
+
+@pytest.mark.parametrize("why", uncut())
+def test_other_tokenizers_get_whole_texts(why):
+    assert _section_starts(byte_level()) is not None
+    assert _section_starts(uncut()[why]) is None
+
+
 # --- faults
 
 
-def test_a_chat_that_the_template_refuses_is_a_fault_of_its_own():
-    good = [{"role": "user", "content": "hi"}]
-    tool = [{"role": "tool", "content": "hi"}]
-    first, refused, empty, last = ours("byte_level").encode_chats([good, tool, [], good])
-    assert first == last and isinstance(first, list)
-    assert refused == "the chat template refuses these messages: no tools here"
-    assert isinstance(empty, str) and "empty conversation" in empty
-    assert ours("byte_level").encode_chats([]) == []
+def test_a_chat_that_the_template_refuses_says_why():
+    tokenizer = ours("byte_level")
+    with pytest.raises(ValueError, match=r"^the chat template refuses these messages: no tools here$"):
+        tokenizer.render_chat([{"role": "tool", "content": "hi"}])
+    with pytest.raises(ValueError, match="empty conversation"):
+        tokenizer.render_chat([])
 
 
 def test_a_template_cannot_reach_outside(tmp_path):
     template = tmp_path / "t.jinja"
     template.write_text("{{ messages.__class__.__mro__[1].__subclasses__() }}")
-    [fault] = load_tokenizer(saved("byte_level"), template).encode_chats([[{"role": "user", "content": ""}]])
-    assert "unsafe" in fault
+    with pytest.raises(ValueError, match="unsafe"):
+        load_tokenizer(saved("byte_level"), template).render_chat([{"role": "user", "content": ""}])
 
 
 def test_a_template_file_takes_the_place_of_the_models(tmp_path):
     template = tmp_path / "t.jinja"
     template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
-    tokenizer = load_tokenizer(saved("qwen"), template)
-    assert tokenizer.encode_chats([[{"role": "user", "content": "hello"}]]) == tokenizer.encode_batch(["hello"])
+    assert load_tokenizer(saved("qwen"), template).render_chat([{"role": "user", "content": "hello"}]) == "hello"
     with pytest.raises(UsageError, match="cannot be read"):
         load_tokenizer(saved("qwen"), tmp_path / "none.jinja")
     template.write_text("{% for m in messages %}\n{{ m.content }")
     with pytest.raises(UsageError, match="not valid Jinja: line 2"):
-        load_tokenizer(saved("qwen"), template).encode_chats([[{"role": "user", "content": "hello"}]])
+        load_tokenizer(saved("qwen"), template).render_chat([{"role": "user", "content": "hello"}])
 
 
 def test_a_model_without_a_template_says_so(tmp_path):
     byte_level().save(str(tmp_path / "tokenizer.json"))
     tokenizer = load_tokenizer(tmp_path)
     assert not tokenizer.has_chat_template and ours("qwen").has_chat_template
-    [fault] = tokenizer.encode_chats([[{"role": "user", "content": "hi"}]])
-    assert isinstance(fault, str)
+    with pytest.raises(ValueError, match="refuses"):
+        tokenizer.render_chat([{"role": "user", "content": "hi"}])
 
 
 def test_a_tokenizer_that_is_broken_or_rewrites_its_text_is_refused(tmp_path):
@@ -264,8 +539,7 @@ from batchrun.tokenizer import load_tokenizer
 assert "transformers" not in sys.modules
 tokenizer = load_tokenizer(Path({str(folder)!r}))
 [ids] = tokenizer.encode_batch(["hello"])
-[chat] = tokenizer.encode_chats([[{{"role": "user", "content": "hi"}}]])
-assert tokenizer.decode(ids) == "hello" and isinstance(chat, list)
+assert tokenizer.decode(ids) == "hello" and "hi" in tokenizer.render_chat([{{"role": "user", "content": "hi"}}])
 print("torch" in sys.modules)
 """
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

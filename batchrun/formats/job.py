@@ -9,6 +9,7 @@ import functools
 import gzip
 import hashlib
 import json
+import re
 import reprlib
 import shutil
 import stat
@@ -49,7 +50,7 @@ class JobSource:
     def lines(self) -> Iterator[tuple[int, bytes]]:
         r"""Yield (1-based line number, line without its `\n`), blank lines too, in bounded memory.
 
-        A line longer than `MAX_LINE_BYTES` comes cut, but still longer than it.
+        A line longer than `MAX_LINE_BYTES` comes cut to one byte more.
 
         Raises:
             UsageError: the file cannot be read, is damaged, or changed since it was last read.
@@ -60,32 +61,38 @@ class JobSource:
         head_bytes = 0
         try:
             for block in _blocks(self.path):
-                digest.update(block)
-                piece, *rest = block.split(b"\n")
+                piece, ended, rest = block.partition(b"\n")
                 if head_bytes <= MAX_LINE_BYTES:
                     head.append(piece)
                     head_bytes += len(piece)
-                if rest:
-                    number += 1
-                    yield number, b"".join(head)
-                    head = [rest.pop()]
-                    head_bytes = len(head[0])
-                    for line in rest:
-                        number += 1
-                        yield number, line
+                if ended:
+                    wholes = [b"".join(head)[: MAX_LINE_BYTES + 1]]
+                    whole, ended, piece = rest.rpartition(b"\n")
+                    if ended:
+                        wholes.append(whole)
+                    head, head_bytes = [piece], len(piece)
+                    for whole in wholes:
+                        digest.update(_without_hints(whole))
+                        digest.update(b"\n")
+                        for line in whole.split(b"\n"):
+                            number += 1
+                            yield number, line
         except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
             raise UsageError(
                 f"{self.path}: reading failed after {number} lines: {error}",
                 hint="The file may be damaged or cut short; copy or compress it again.",
             ) from error
         if head_bytes:
-            yield number + 1, b"".join(head)
+            line = b"".join(head)[: MAX_LINE_BYTES + 1]
+            digest.update(_without_hints(line))
+            yield number + 1, line
         if self._fingerprint not in (None, digest.hexdigest()):
             raise UsageError(f"{self.path} changed while it was being read.", hint="Start again when it is complete.")
         self._fingerprint = digest.hexdigest()
 
     def fingerprint(self) -> str:
-        """Sha256 of the uncompressed bytes, in hex; reads the file only if `lines()` has not yet come to its end.
+        """Sha256 of the lines, uncompressed and without the hints that change no result, in hex; reads the file only
+        if `lines()` has not yet come to its end.
 
         Raises:
             UsageError: as `lines()`.
@@ -174,6 +181,34 @@ def _zstd_blocks(file: BinaryIO) -> Iterator[bytes]:
         raise EOFError("the last zstd frame has no end")
 
 
+_SOUND_HINT = re.compile(
+    rb'[ \t\r]*:[ \t\r]*\{[ \t\r]*"expected_tokens"[ \t\r]*:[ \t\r]*[1-9][0-9]{0,15}[ \t\r]*\}[ \t\r]*(?=[,}])'
+)
+
+
+def _without_hints(lines: bytes) -> bytes:
+    """The lines as if none had a sound hint: each is cut out with one comma beside it.
+
+    In valid JSON, what is cut out is a member of an object and no part of a text: the quote behind a comma or a brace
+    opens a text, as no closing quote is followed by `batchrun`.
+    """
+    if b'"expected_tokens"' not in lines:
+        return lines
+    kept: list[bytes] = []
+    for i, after in enumerate(lines.split(b'"batchrun"')):
+        hint = _SOUND_HINT.match(after) if i else None
+        before = kept[-1].rstrip(b" \t\r") if hint else b""
+        if hint and before.endswith(b","):
+            kept[-1] = before[:-1]
+            after = after[hint.end() :]
+        elif hint and before.endswith(b"{"):
+            after = after[hint.end() :].removeprefix(b",").lstrip(b" \t\r")
+        elif i:
+            kept.append(b'"batchrun"')
+        kept.append(after)
+    return b"".join(kept)
+
+
 # --- a line -----------------------------------------------------------------------------------------------------
 
 
@@ -200,7 +235,7 @@ class JobLint:
         total: non-blank lines; `sound + len(faults)`.
         unknown_fields: sound lines that have the field, by field name.
         models: sound lines that name the model, by its name.
-        fingerprint: sha256 of the uncompressed bytes, in hex.
+        fingerprint: as `JobSource.fingerprint`.
     """
 
     total: int = 0
@@ -273,10 +308,12 @@ def _read_line(number: int, line: bytes, first_lines: dict[str, int]) -> JobLine
         unknown: list[str] = []
         if is_openai:
             endpoint, body = _openai_form(row, unknown)
+            hints = _hints("batchrun", row.get("batchrun"), unknown)
             prefix = "body."
         else:
             endpoint, body = _plain_form(row)
-        content, options, model = _read_body(endpoint, body, unknown)
+            hints = {}
+        content, options, model = _read_body(endpoint, body, hints, unknown)
     except _Fault as fault:
         param = prefix + fault.param if fault.param else None
         return LineFault(number, custom_id, fault.code, str(fault), param)
@@ -336,7 +373,7 @@ def _openai_form(row: dict[str, Any], unknown: list[str]) -> tuple[Endpoint, dic
         raise _Fault("unsupported_url", "url", f"url {_shown(url)} is not one of {', '.join(Endpoint)}")
     if type(body := row.get("body")) is not dict:
         raise _invalid("body", body, "an object")
-    if len(row) > 4 or not row.keys() <= _ENVELOPE:
+    if not row.keys() <= _ENVELOPE:
         unknown += [_name(key) for key in row if key not in _ENVELOPE]
     return endpoint, body
 
@@ -352,9 +389,12 @@ def _plain_form(row: dict[str, Any]) -> tuple[Endpoint, dict[str, Any]]:
 
 
 def _read_body(
-    endpoint: Endpoint, body: dict[str, Any], unknown: list[str]
+    endpoint: Endpoint, body: dict[str, Any], hints: dict[str, Any], unknown: list[str]
 ) -> tuple[tuple[Any, ...], LineOptions, str | None]:
     """Check every field, in the line's own order; null is as good as absent.
+
+    Args:
+        hints: those that stand beside the body; they win over those in it.
 
     Returns:
         The messages or the prompts, the options and the model.
@@ -373,6 +413,8 @@ def _read_body(
             if not _is_one_of(value, neutral):
                 message = f"{name} is not supported yet; leave it out (it is {_shown(value)})"
                 raise _Fault("unsupported_field", name, message)
+        elif name == "batchrun":
+            hints = _hints(name, value, unknown) | hints
         elif name not in _INFORMATIVE:
             unknown.append(_name(name))
     if content is None:
@@ -380,13 +422,28 @@ def _read_body(
     model = found.pop("model", None)
     if (max_completion_tokens := found.pop("max_completion_tokens", None)) is not None:
         found["max_tokens"] = max_completion_tokens
-    options = _options(tuple(found.items()))
+    options = _options((*found.items(), *hints.items()))
     if options.min_tokens and options.max_tokens and options.min_tokens > options.max_tokens:
         raise _invalid("min_tokens", options.min_tokens, f"at most max_tokens ({options.max_tokens})")
     return content, options, model
 
 
-@functools.lru_cache(maxsize=256)
+def _hints(path: str, hints: Any, unknown: list[str]) -> dict[str, Any]:
+    """What a line says to batchrun alone; none of it changes results."""
+    if hints is None:
+        return {}
+    if type(hints) is not dict:
+        raise _invalid(path, hints, 'an object like {"expected_tokens": 200}')
+    found = {}
+    for name, value in hints.items():
+        if (check := _HINTS.get(name)) is None:
+            unknown.append(f"{path}.{_name(name)}")
+        elif value is not None:
+            found[name] = check(f"{path}.{name}", value)
+    return found
+
+
+@functools.lru_cache(maxsize=4096)
 def _options(found: tuple[tuple[str, Any], ...]) -> LineOptions:
     """Most lines of a job say the same, so they share one object."""
     return LineOptions(**dict(found))
@@ -410,17 +467,17 @@ def _messages(messages: Any, unknown: list[str]) -> tuple[dict[str, Any], ...]:
         raise _invalid("messages", messages, "a list of messages")
     if not messages:
         raise _Fault("empty_prompt", "messages", "messages is empty")
-    return tuple(
-        message
-        if (
+    read = []
+    for i, message in enumerate(messages):
+        if not (
             type(message) is dict
             and len(message) == 2
             and type(message.get("content")) is str
             and message.get("role") in _PLAIN_ROLES
-        )
-        else _message(f"messages[{i}]", message, unknown)
-        for i, message in enumerate(messages)
-    )
+        ):
+            message = _message(f"messages[{i}]", message, unknown)
+        read.append(message)
+    return tuple(read)
 
 
 def _message(path: str, message: Any, unknown: list[str]) -> dict[str, Any]:
@@ -542,7 +599,7 @@ def _token_ids(name: str, value: Any) -> tuple[int, ...]:
 
 
 _ENDPOINTS = {str(endpoint): endpoint for endpoint in Endpoint}
-_ENVELOPE = {"custom_id", "method", "url", "body"}
+_ENVELOPE = {"custom_id", "method", "url", "body", "batchrun"}
 _PLAIN_ROLES = ("system", "user", "assistant", "tool")
 _ROLES = {role: role for role in _PLAIN_ROLES} | {"developer": "system"}
 _MESSAGE_FIELDS = {"role", "content", "name", "tool_call_id"}
@@ -566,6 +623,9 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "stop_token_ids": _token_ids,
     "ignore_eos": _boolean,
 }
+
+# Under `batchrun`, in the line or in its body.
+_HINTS: dict[str, Callable[[str, Any], Any]] = {"expected_tokens": _integer(1)}
 
 
 def _fields(names: str, *neutral: Any) -> dict[str, tuple[Any, ...]]:

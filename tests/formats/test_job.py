@@ -113,6 +113,30 @@ def test_max_completion_tokens_wins_and_null_is_absent(tmp_path):
     assert sound(tmp_path, chat(temperature=None, stop=None, n=None, tools=None)).options == LineOptions()
 
 
+def test_hints_stand_in_the_line_or_in_its_body(tmp_path):
+    hint = {"batchrun": {"expected_tokens": 7}}
+    for line in (
+        chat() | hint,
+        chat(**hint),
+        completion() | hint,
+        {"prompt": "a"} | hint,
+        {"messages": [HELLO]} | hint,
+    ):
+        read = sound(tmp_path, line)
+        assert (read.options, read.unknown_fields) == (LineOptions(expected_tokens=7), ())
+    both = chat(batchrun={"expected_tokens": 5}, max_tokens=9) | hint
+    assert sound(tmp_path, both).options == LineOptions(max_tokens=9, expected_tokens=7)
+    for nothing in (None, {}, {"expected_tokens": None}):
+        assert sound(tmp_path, chat(batchrun=nothing) | {"batchrun": nothing}).options == LineOptions()
+
+
+def test_unknown_hints_are_unknown_fields(tmp_path):
+    line = chat(batchrun={"expected_token": 1, "expected_tokens": 2}) | {"batchrun": {"expect": 3}}
+    read = sound(tmp_path, line)
+    assert read.options.expected_tokens == 2
+    assert read.unknown_fields == ("batchrun.expect", "batchrun.expected_token")
+
+
 @pytest.mark.parametrize("given", [-1, 0])
 def test_top_k_off(tmp_path, given):
     assert sound(tmp_path, chat(top_k=given)).options.top_k == 0
@@ -304,6 +328,19 @@ BAD_LINES = {
     "stop token a text": (chat(stop_token_ids=[1, "2"]), "invalid_request", "body.stop_token_ids[1]"),
     "ignore_eos a number": (chat(ignore_eos=1), "invalid_request", "body.ignore_eos"),
     "model a number": (chat(model=4), "invalid_request", "body.model"),
+    "hint zero": (chat() | {"batchrun": {"expected_tokens": 0}}, "invalid_request", "batchrun.expected_tokens"),
+    "hint a text": (chat() | {"batchrun": {"expected_tokens": "9"}}, "invalid_request", "batchrun.expected_tokens"),
+    "hint in the body": (
+        chat(batchrun={"expected_tokens": 1.5}),
+        "invalid_request",
+        "body.batchrun.expected_tokens",
+    ),
+    "hint of a plain line": (
+        {"prompt": "a", "batchrun": {"expected_tokens": True}},
+        "invalid_request",
+        "batchrun.expected_tokens",
+    ),
+    "hints a number": (chat() | {"batchrun": 200}, "invalid_request", "batchrun"),
     "plain form": ({"prompt": "a", "temperature": 9}, "invalid_request", "temperature"),
 }
 

@@ -141,6 +141,68 @@ def test_fingerprint_after_a_partial_read_is_of_the_whole_file(tmp_path):
     assert source.fingerprint() == hashlib.sha256(RAW).hexdigest()
 
 
+def fingerprint(tmp_path: Path, *lines: str) -> str:
+    return open_job(write(tmp_path, "jobs.jsonl", "\n".join(lines).encode())).fingerprint()
+
+
+def test_hints_are_not_part_of_the_fingerprint(tmp_path):
+    """A hint put in, changed or taken out between two starts leaves the run resumable."""
+    body = '"prompt": "why, oh why?", "max_tokens": 5'
+    bare = f'{{"custom_id": "a", "url": "/v1/completions", "body": {{{body}}}}}'
+    hints = [
+        '"batchrun": {"expected_tokens": 5}',
+        '"batchrun":{"expected_tokens":1234}',
+        '"batchrun" :\t{ "expected_tokens" : 6 }',
+    ]
+    for hint in hints:
+        hinted = [
+            bare[:-1] + f", {hint}}}",
+            bare[:-1] + f",{hint}}}",
+            f"{{{hint}, {bare[1:]}",
+            bare.replace('"url"', f'{hint}, "url"'),
+            bare.replace(body, f"{body}, {hint}"),
+            bare.replace(body, f"{hint}, {body}"),
+        ]
+        for line in hinted:
+            assert json.loads(line)
+            assert fingerprint(tmp_path, bare, line, bare) == fingerprint(tmp_path, bare, bare, bare)
+    assert fingerprint(tmp_path, "{" + hints[0] + "}") == fingerprint(tmp_path, "{}")
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        # Not sound: the line may be a fault with one and run with the other.
+        ('{"prompt": "a", "batchrun": {"expected_tokens": 5}}', '{"prompt": "a", "batchrun": {"expected_tokens": 0}}'),
+        (
+            '{"prompt": "a", "batchrun": {"expected_tokens": 5}}',
+            '{"prompt": "a", "batchrun": {"expected_tokens": 5.5}}',
+        ),
+        ('{"prompt": "a", "batchrun": {"expected_tokens": 5}}', '{"prompt": "a", "batchrun": 5}'),
+        ('{"prompt": "a", "batchrun": {"expected_tokens": 5}}', '{"prompt": "a" "batchrun": {"expected_tokens": 5}}'),
+        ('{"prompt": "a", "batchrun": {"expected_tokens": 5}}', '{"prompt": "a", "batchrun": {"expected_tokens": 5}'),
+        ('{"prompt": "a", "batchrun": {"expected_tokens": 5}}', '{"prompt": "b", "batchrun": {"expected_tokens": 5}}'),
+        # What looks like a hint is a prompt's text.
+        (
+            json.dumps({"prompt": 'a, "batchrun": {"expected_tokens": 5}}'}),
+            json.dumps({"prompt": 'a, "batchrun": {"expected_tokens": 6}}'}),
+        ),
+    ],
+)
+def test_everything_else_is_part_of_the_fingerprint(tmp_path, one, other):
+    assert fingerprint(tmp_path, one) != fingerprint(tmp_path, other)
+
+
+def test_a_hint_that_changes_between_two_passes_does_no_harm(tmp_path):
+    line = b'{"prompt": "a", "batchrun": {"expected_tokens": %d}}\n'
+    source = open_job(write(tmp_path, "jobs.jsonl", line % 5))
+    lint_job(source)
+    write(tmp_path, "jobs.jsonl", line % 700)
+    (item,) = read_job(source)
+    assert isinstance(item, JobLine)
+    assert item.options.expected_tokens == 700
+
+
 def test_file_that_changes_between_two_passes_is_refused(tmp_path):
     path = write(tmp_path, "jobs.jsonl", RAW)
     source = open_job(path)
@@ -229,7 +291,19 @@ BODY = {
 OPENAI = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": BODY}
 TOKENS = {"id": 3, "prompt": [[1, 2], [3]], "top_k": 5, "seed": 1, "stop_token_ids": [1]}
 FIELDS = st.sampled_from(
-    [*job._CHECKS, *job._NOT_BUILT, "prompt", "messages", "body", "url", "method", "custom_id", "id"]
+    [
+        *job._CHECKS,
+        *job._NOT_BUILT,
+        *job._HINTS,
+        "batchrun",
+        "prompt",
+        "messages",
+        "body",
+        "url",
+        "method",
+        "custom_id",
+        "id",
+    ]
 )
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
@@ -280,6 +354,35 @@ def test_every_non_blank_line_gives_one_item_with_its_number(lines):
             assert len(item.message) < 400
         else:
             assert (item.messages is None) is not (item.prompts is None)
+
+
+HINTED = st.recursive(
+    st.integers(0, 9)
+    | st.text('ab,{}"\\: ', max_size=6)
+    | st.just({"expected_tokens": 5})
+    | st.just('x, "batchrun": {"expected_tokens": 5}'),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["batchrun", "a", ",", 'b"']), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+def unhinted(value: object) -> object:
+    if isinstance(value, list):
+        return [unhinted(item) for item in value]
+    if isinstance(value, dict):
+        return {k: unhinted(v) for k, v in value.items() if (k, v) != ("batchrun", {"expected_tokens": 5})}
+    return value
+
+
+@settings(max_examples=500, deadline=None)
+@given(HINTED, st.sampled_from([(",", ":"), (", ", ": "), (" ,\t", " : ")]))
+def test_what_is_left_out_of_a_fingerprint_is_hints_alone(value, separators):
+    left = job._without_hints(json.dumps(value, separators=separators).encode())
+    assert json.loads(left) == unhinted(value)
+    if separators[1] != " : ":  # as every program writes
+        assert left == json.dumps(unhinted(value), separators=separators).encode()
 
 
 @settings(max_examples=50, deadline=None)
