@@ -1,0 +1,62 @@
+"""Tile heights, warps and stages of the attention kernel: data, chosen from what `inspect` prints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """How the attention kernel is compiled.
+
+    Attributes:
+        short, tall: heights of the two kinds of row tiles, in rows times query heads per KV head.
+        warps: warps of a program.
+        stages: KV tiles under way at a time.
+        programs: programs that fit a multiprocessor, by registers and shared memory.
+    """
+
+    short: int
+    tall: int
+    warps: int
+    stages: int
+    programs: int
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is not below n."""
+    return 1 << (n - 1).bit_length()
+
+
+# By architecture: the widest head (padded to a power of two) that a choice is for, in bytes of a KV row.
+TILES: dict[str, dict[int, Tile]] = {
+    "sm_80": {128: Tile(16, 64, 4, 3, 2), 256: Tile(16, 64, 8, 3, 1), 512: Tile(16, 32, 8, 2, 1)},
+    "sm_90": {128: Tile(16, 128, 8, 3, 1), 256: Tile(16, 128, 8, 3, 1), 512: Tile(16, 32, 8, 2, 1)},
+    "sm_100": {128: Tile(16, 128, 8, 3, 1), 256: Tile(16, 64, 8, 3, 1), 512: Tile(16, 32, 8, 2, 1)},
+    "gfx942": {128: Tile(16, 64, 4, 2, 1), 256: Tile(16, 64, 4, 2, 1), 512: Tile(16, 32, 4, 1, 1)},
+}
+
+
+def choose_tile(arch: str, row_bytes: int, group: int) -> Tile:
+    """The tile for a head of `row_bytes` (padded to a power of two) and `group` query heads per KV head.
+
+    Raises:
+        ValueError: an architecture that has no entry.
+    """
+    if arch not in TILES:
+        # A later one of the same family runs what was chosen for an earlier one.
+        family = [name for name in TILES if arch.startswith("sm_") and name.startswith("sm_")]
+        family = [name for name in family if int(name[3:]) <= int(arch[3:])]
+        if not family:
+            raise ValueError(f"No tiles for {arch}; there are some for {', '.join(TILES)}.")
+        arch = max(family, key=lambda name: int(name[3:]))
+    choices = TILES[arch]
+    width = min((width for width in choices if width >= row_bytes), default=max(choices))
+    tile = choices[width]
+    height = power_of_two(group)
+    return replace(tile, short=max(tile.short, height), tall=max(tile.tall, height))
+
+
+def has_tma(arch: str) -> bool:
+    """Whether tensor descriptors are loaded by the copy engine there."""
+    return arch.startswith("sm_") and int(arch[3:]) >= 90

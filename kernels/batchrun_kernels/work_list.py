@@ -1,0 +1,379 @@
+"""What the attention of a step consists of, as one int32 array that the kernel walks; made once a step, in numpy.
+
+A task is what some rows read together: the readers of a prefix and its KV, or the rows of a chunk and their sequence's
+own KV. A task's KV is a list of tiles, one page each. Its rows are cut into tiles too, as high as the kernel takes, and
+where that leaves programs without work the list of KV tiles is cut into pieces (KV splits). Rows of one tile x a piece
+of the list is an item.
+
+    header  [8]          HEADER: how many items and merged rows, and where the parts begin
+    items   [items, 8]   ITEM, the largest first
+    tiles   [tiles, 3]   TILE: page, position of its first token, tokens in it
+    positions [T]        position of each row
+    merged rows [R], begins [R + 1], slots [*]
+                         row `merged[i]` is the merge of the partial results `slots[begins[i] : begins[i + 1]]`
+
+Row r of an item sees the first `tokens` tokens of a tile, of these what lies at positions up to its own, and with a
+window of w only what lies at positions above its own less w. Of the tiles `[full_begin, full_end)` all rows of the item
+see all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Int = npt.NDArray[np.integer[Any]]
+Int64 = npt.NDArray[np.int64]
+
+HEADER = ("items", "items_at", "tiles_at", "positions_at", "merged", "merged_at", "begins_at", "slots_at")
+ITEM = ("kind", "first_row", "rows", "begin", "full_begin", "full_end", "end", "slot")
+TILE = ("page", "position", "tokens")
+SHORT, TALL = 0, 1
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """How a step is cut into items.
+
+    Attributes:
+        group: query heads per KV head.
+        kv_heads: KV heads that one launch computes.
+        page_size: tokens of a page.
+        short, tall: heights of the two kinds of row tiles, in rows times `group`.
+        programs: programs that run at a time on the device.
+        min_split: fewest KV tokens of a piece.
+        fixed_split: KV tokens of a piece when deterministic.
+        merge_cost: what a row's partial result costs to write, read and merge, in KV tokens that could be read instead.
+            A token is 2 D elements of 2 bytes, a partial result `group` times D float32 written and read.
+        item_cost: what another item costs, in KV tokens.
+        deterministic: a row's result depends on the row alone, to the bit: every prefix is read apart, all tiles are
+            tall, pieces end at multiples of `fixed_split`.
+    """
+
+    group: int
+    kv_heads: int
+    page_size: int
+    short: int
+    tall: int
+    programs: int
+    min_split: int = 256
+    fixed_split: int = 1024
+    merge_cost: float | None = None
+    item_cost: float = 128.0
+    deterministic: bool = False
+
+    def __post_init__(self) -> None:
+        if self.group > min(self.short, self.tall):
+            raise ValueError(f"A tile of {min(self.short, self.tall)} cannot hold one row of {self.group} query heads.")
+        if min(self.kv_heads, self.page_size, self.programs, self.min_split, self.fixed_split) < 1:
+            raise ValueError("KV heads, page size, programs and split sizes have to be positive.")
+
+    def read_apart(self, tokens: Int, rows: Int, chunks: Int) -> npt.NDArray[np.bool_]:
+        """The cost gate: whether reading `tokens` of KV once for all rows, and merging, is cheaper than reading them
+        again for each of the chunks along with its own KV."""
+        if self.deterministic:
+            return np.ones(np.shape(tokens), dtype=bool)
+        merge_cost = 2.0 * self.group if self.merge_cost is None else self.merge_cost
+        saved: npt.NDArray[np.bool_] = (chunks - 1) * tokens > rows * merge_cost + self.item_cost
+        return saved
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """What of a step attention asks for; the meaning is that of `batchrun.schedule.step.Step`.
+
+    C chunks of T rows in all, the rows of a chunk after those of the one before. Row k of chunk c is own token
+    `start[c] + k` of its sequence, at position `depth[c] + start[c] + k`; it sees the prefixes that it reads, and its
+    sequence's own tokens up to itself. Read j: rows `[first_row[j], first_row[j] + rows[j])` see the first
+    `tokens[j]` tokens of the KV of sequence `read_sequence[j]`, which begins at `position[j]`.
+
+    Attributes:
+        sequence, start, length, depth: integers `[C]`.
+        first_row, rows, read_sequence, tokens, position: integers `[P]`.
+        pages: integers `[slots, *]`: own token t of a sequence lies in its page `pages[sequence, t // page_size]`.
+    """
+
+    sequence: Int
+    start: Int
+    length: Int
+    depth: Int
+    first_row: Int
+    rows: Int
+    read_sequence: Int
+    tokens: Int
+    position: Int
+    pages: Int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkList:
+    """Attributes:
+    data: int32, the whole list.
+    num_rows: T.
+    num_items: items.
+    num_merged: rows that are merged.
+    num_slots: partial results that there has to be room for.
+    """
+
+    data: npt.NDArray[np.int32]
+    num_rows: int
+    num_items: int
+    num_merged: int
+    num_slots: int
+
+    def part(self, name: str) -> npt.NDArray[np.int32]:
+        """The items, tiles, positions, merged rows, begins or slots, as a table or a column."""
+        header = dict(zip(HEADER, self.data[: len(HEADER)].tolist(), strict=True))
+        order = ("items", "tiles", "positions", "merged", "begins", "slots")
+        stops = [header[f"{part}_at"] for part in order[1:]] + [self.data.size]
+        at = order.index(name)
+        part = self.data[header[f"{name}_at"] : stops[at]]
+        return part.reshape(-1, {"items": len(ITEM), "tiles": len(TILE)}[name]) if at < 2 else part
+
+
+def make_work_list(
+    step: Columns, rules: Rules, *, window: int | None = None, buffer: npt.NDArray[np.int32] | None = None
+) -> WorkList:
+    """Make the work list of a step.
+
+    Args:
+        window: keys that a row sees at most, itself included; None for all.
+        buffer: int32, where to write the list; a new array where it is too small or not given.
+    """
+    page_size, group = rules.page_size, rules.group
+    chunks = step.length.size
+    ends = np.zeros(chunks + 1, dtype=np.int64)
+    np.cumsum(step.length, out=ends[1:])
+    chunk_first, num_rows = ends[:-1], int(ends[-1])
+    positions = np.arange(num_rows) + np.repeat(step.depth + step.start - chunk_first, step.length)
+    if window is not None and positions.max(initial=0) < window:
+        window = None
+
+    # Which reads are tasks of their own, and which are left to each chunk.
+    low = np.zeros(step.tokens.size, dtype=np.int64)  # tokens that no reader sees any more
+    if window is not None:
+        low = np.clip(_lowest(positions, step.first_row, step.rows) - window + 1 - step.position, 0, step.tokens)
+    first_chunk = np.searchsorted(chunk_first, step.first_row)
+    last_chunk = np.searchsorted(chunk_first, step.first_row + step.rows)
+    splits_chunks = (ends[first_chunk] != step.first_row) | (ends[last_chunk] != step.first_row + step.rows)
+    apart = splits_chunks | rules.read_apart(step.tokens - low, step.rows, last_chunk - first_chunk)
+    seen = low < step.tokens
+    own_task = np.flatnonzero(seen & apart)
+    along = np.flatnonzero(seen & ~apart)
+
+    # Tasks: the reads kept apart, then the chunks. Each sees `base` tokens, and a chunk's row k sees k + 1 more.
+    reads, tasks = own_task.size, own_task.size + chunks
+    base = np.concatenate((step.tokens[own_task], step.start)).astype(np.int64)
+    grows = np.arange(tasks) >= reads
+    task_first = np.concatenate((step.first_row[own_task], chunk_first))
+    task_rows = np.concatenate((step.rows[own_task], step.length))
+    task_position = np.concatenate((step.position[own_task], step.depth))
+    tokens = base + grows * task_rows
+    segments = _Segments(
+        task=np.arange(tasks),
+        sequence=np.concatenate((step.read_sequence[own_task], step.sequence)),
+        position=task_position,
+        tokens=tokens,
+        first=np.zeros(tasks, dtype=np.int64),
+        count=-(-tokens // page_size),
+    )
+    # Tiles of a task's list before its own: partly filled ones, then full ones.
+    lead_partial = lead_full = np.zeros(tasks, dtype=np.int64)
+    if along.size:
+        extra, partial = _read_along(step, along, first_chunk, last_chunk, reads, low, page_size)
+        lead_partial = np.bincount(extra.task, extra.count * partial, tasks).astype(np.int64)
+        lead_full = np.bincount(extra.task, extra.count * ~partial, tasks).astype(np.int64)
+        segments = segments.after(extra, partial)
+    lead = lead_partial + lead_full
+    list_size = lead + -(-tokens // page_size)
+    list_begin = np.cumsum(list_size) - list_size
+
+    # Row tiles: rows of a task, and what of its list they see, in tiles from where the list begins.
+    kind = np.where(rules.deterministic | (task_rows * group > rules.short), TALL, SHORT)
+    height = np.where(kind == TALL, rules.tall // group, rules.short // group)
+    task, nth = _expand(-(-task_rows // height))
+    offset = nth * height[task]
+    rows = np.minimum(height[task], task_rows[task] - offset)
+    first_row = task_first[task] + offset
+    sees_first = base[task] + grows[task] * (offset + 1)
+    sees_last = base[task] + grows[task] * (offset + rows)
+    begin = np.zeros(offset.size, dtype=np.int64)
+    end = lead[task] + -(-sees_last // page_size)
+    if window is None:
+        full_begin, full_end = lead_partial[task], lead[task] + sees_first // page_size
+    else:
+        # All tiles are masked. A list that begins with the KV of others was cut when it was made.
+        below = _lowest(positions, first_row, rows) - window + 1 - task_position[task]
+        begin = np.where(lead[task] == 0, np.clip(below // page_size, 0, end), 0)
+        full_begin = full_end = begin
+
+    # Pieces of equal length, or cut at fixed places; what no row of a tile sees has none.
+    span = end - begin
+    size = _split_size(span, rules)
+    which: Int64 | slice = slice(None)
+    piece_begin, piece_end = begin, end
+    if span.size and (span.min() < 1 or (end if rules.deterministic else span).max() > size):
+        if rules.deterministic:
+            first_piece = begin // size
+            which, nth = _expand(np.where(span > 0, -(-end // size) - first_piece, 0))
+            cut = (first_piece[which] + nth) * size
+            piece_begin, piece_end = np.maximum(begin[which], cut), np.minimum(end[which], cut + size)
+        else:
+            pieces = -(-span // size)
+            which, nth = _expand(pieces)
+            span, pieces, cut = span[which], pieces[which], begin[which]
+            piece_begin = cut + span * nth // pieces
+            piece_end = cut + span * (nth + 1) // pieces
+    first_row, rows = first_row[which], rows[which]
+    slot, num_slots, merged, begins, slots = _partial_results(first_row, rows, num_rows)
+
+    # Write it all down.
+    num_items, num_tiles = rows.size, int(list_size.sum())
+    sizes = (len(HEADER), num_items * len(ITEM), num_tiles * len(TILE), num_rows, merged.size, begins.size, slots.size)
+    at = np.cumsum((0, *sizes))
+    if buffer is None or buffer.size < at[-1]:
+        buffer = np.empty(at[-1], dtype=np.int32)
+    data = buffer[: at[-1]]
+    data[: len(HEADER)] = (num_items, at[1], at[2], at[3], merged.size, at[4], at[5], at[6])
+    from_list = list_begin[task][which]
+    columns = (
+        kind[task][which],
+        first_row,
+        rows,
+        from_list + piece_begin,
+        from_list + np.clip(full_begin[which], piece_begin, piece_end),
+        from_list + np.clip(full_end[which], piece_begin, piece_end),
+        from_list + piece_end,
+        slot,
+    )
+    span = piece_end - piece_begin
+    most = int(span.max(initial=0))
+    largest_first = _stable_argsort(most - span, most)
+    items = data[at[1] : at[2]].reshape(-1, len(ITEM))
+    for column, values in enumerate(columns):
+        items[:, column] = values[largest_first]
+    segment, nth = _expand(segments.count)
+    nth += segments.first[segment]
+    tiles = data[at[2] : at[3]].reshape(-1, len(TILE))
+    tiles[:, 0] = step.pages[segments.sequence[segment], nth]
+    nth *= page_size
+    tiles[:, 1] = segments.position[segment] + nth
+    tiles[:, 2] = np.minimum(segments.tokens[segment] - nth, page_size)
+    for part, values in enumerate((positions, merged, begins, slots), start=3):
+        data[at[part] : at[part + 1]] = values
+    return WorkList(data, num_rows, num_items, merged.size, num_slots)
+
+
+@dataclass(frozen=True, slots=True)
+class _Segments:
+    """Pages `[first, first + count)` of sequences, of which the first `tokens` tokens are read."""
+
+    task: Int
+    sequence: Int
+    position: Int
+    tokens: Int
+    first: Int
+    count: Int
+
+    def after(self, others: _Segments, partial: npt.NDArray[np.bool_]) -> _Segments:
+        """Those of other segments that are partial, the other ones, and then these, task by task."""
+        order = np.concatenate((3 * others.task + ~partial, 3 * self.task + 2)).argsort(kind="stable")
+        return _Segments(
+            *(
+                np.concatenate((getattr(others, name), getattr(self, name)))[order]
+                for name in ("task", "sequence", "position", "tokens", "first", "count")
+            )
+        )
+
+
+def _read_along(
+    step: Columns, along: Int, first_chunk: Int, last_chunk: Int, reads: int, low: Int, page_size: int
+) -> tuple[_Segments, npt.NDArray[np.bool_]]:
+    """The segments of reads that are left to each of their chunks: for each its full pages and, where there is one,
+    the last that is not full; and which segments are the latter."""
+    pair, nth = _expand(last_chunk[along] - first_chunk[along])
+    read = along[pair]
+    task = reads + first_chunk[read] + nth
+    full, pages = step.tokens[read] // page_size, -(-step.tokens[read] // page_size)
+    first = low[read] // page_size
+    twice = np.tile(np.arange(read.size), 2)
+    partial = np.repeat((False, True), read.size)
+    segments = _Segments(
+        task=task[twice],
+        sequence=step.read_sequence[read][twice],
+        position=step.position[read][twice],
+        tokens=step.tokens[read][twice],
+        first=np.concatenate((first, full)),
+        count=np.concatenate((full - first, pages - full)),
+    )
+    return segments, partial
+
+
+def _split_size(span: Int64, rules: Rules) -> int:
+    """KV tiles of a piece at most: half of what a program has to do, so that programs end together."""
+    if rules.deterministic:
+        return max(1, rules.fixed_split // rules.page_size)
+    share = int(span.sum()) * rules.kv_heads / rules.programs
+    return max(1, -(-rules.min_split // rules.page_size), int(np.ceil(share / 2)))
+
+
+def _partial_results(first_row: Int, rows: Int, num_rows: int) -> tuple[Int64, int, Int64, Int64, Int64]:
+    """Where items write. An item all of whose rows have no other item writes their results, slot -1; the others have
+    a slot for each of their rows.
+
+    Returns:
+        slot of each item; how many slots; rows that are merged; where the slots of each begin; slots.
+    """
+    last_row = first_row + rows
+    begun, ended = np.bincount(first_row, minlength=num_rows + 1), np.bincount(last_row, minlength=num_rows + 1)
+    several = (begun - ended).cumsum() > 1  # items of each row
+    before = several.cumsum()
+    before -= several
+    writes_partials = before[last_row] > before[first_row]
+    counted = rows * writes_partials
+    stop = counted.cumsum()
+    num_slots = int(stop[-1]) if stop.size else 0
+    if not num_slots:
+        empty = np.empty(0, dtype=np.int64)
+        return np.full(first_row.size, -1), 0, empty, np.zeros(1, dtype=np.int64), empty
+    stop -= counted
+    slot = np.where(writes_partials, stop, -1)
+    row = np.repeat(first_row - stop, counted)  # of slot 0, 1, ...
+    row += np.arange(num_slots)
+    # The partial results of a row stay in the order of the items.
+    slots = _stable_argsort(row, num_rows)
+    count = np.bincount(row, minlength=num_rows)
+    merged = np.flatnonzero(count)
+    begins = np.zeros(merged.size + 1, dtype=np.int64)
+    np.cumsum(count[merged], out=begins[1:])
+    return slot, num_slots, merged, begins, slots
+
+
+def _stable_argsort(values: Int64, bound: int) -> Int64:
+    """What sorts values of 0 to `bound`; numpy has a radix sort for 16 bits."""
+    return np.argsort(values.astype(np.uint16) if bound < 1 << 16 else values, kind="stable")
+
+
+def _expand(count: Int) -> tuple[Int64 | slice, Int64]:
+    """For counts n_0, n_1, ...: an index that takes entry 0 n_0 times, entry 1 n_1 times, ...; and 0 ... n_0 - 1,
+    0 ... n_1 - 1, ... Where all counts are 1 the index takes everything as it is, which costs nothing."""
+    stop = count.cumsum()
+    total = int(stop[-1]) if stop.size else 0
+    if total == count.size and count.all():
+        return slice(None), np.zeros(total, dtype=np.int64)
+    nth = np.arange(total)
+    stop -= count
+    nth -= np.repeat(stop, count)
+    return np.repeat(np.arange(count.size), count), nth
+
+
+def _lowest(values: Int64, first: Int, count: Int) -> Int64:
+    """The minimum of `values[first : first + count]`, for each."""
+    if not first.size:
+        return np.empty(0, dtype=np.int64)
+    bounds = np.stack((first, first + count), axis=1).ravel()
+    lowest: Int64 = np.minimum.reduceat(np.append(values, 0), bounds)[::2]
+    return lowest
