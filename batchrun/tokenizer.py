@@ -144,7 +144,7 @@ class PromptEncoder:
 
 
 def _kept_bytes(section: str, ids: Int32) -> int:
-    return sys.getsizeof(section) + sys.getsizeof(ids) + 200  # the last for a place in a dictionary and its key
+    return sys.getsizeof(section) + sys.getsizeof(ids) + 300  # the last for the key and its place in the dictionary
 
 
 # --- sections -----------------------------------------------------------------------------------------------------

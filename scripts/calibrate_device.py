@@ -485,6 +485,7 @@ def main() -> None:
         effort = QUICK if args.quick else FULL
         text = calibrate(args.name, args.dtypes, effort, Path(folder), lambda line: print(line, flush=True))
     path = args.out / f"{args.name}.toml"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
     print(f"\n{path}:\n{text}", end="")
 

@@ -46,6 +46,7 @@ class JobSource:
 
     path: Path
     _fingerprint: str | None = field(default=None, init=False, repr=False)
+    _repeated: dict[int, int] | None = field(default=None, init=False, repr=False)  # of `read_job`
 
     def lines(self) -> Iterator[tuple[int, bytes]]:
         r"""Yield (1-based line number, line without its `\n`), blank lines too, in bounded memory.
@@ -220,11 +221,25 @@ def read_job(source: JobSource) -> Iterator[JobLine | LineFault]:
     Raises:
         UsageError: as `JobSource.lines`.
     """
-    first_lines: dict[str, int] = {}
+    known = source._repeated
+    taken: dict[str, int] = {}
+    repeated: dict[int, int] = {}
+
+    def first_line(custom_id: str, number: int) -> int:
+        """The first line with this id. What one pass has found the next one need not remember every id for."""
+        if known is not None:
+            return known.get(number, number)
+        first = taken.setdefault(custom_id, number)
+        if first != number:
+            repeated[number] = first
+        return first
+
     for number, line in source.lines():
         line = line.removeprefix(_BOM)
         if line and not line.isspace():
-            yield _read_line(number, line, first_lines)
+            yield _read_line(number, line, first_line)
+    if known is None:
+        source._repeated = repeated
 
 
 @dataclass(slots=True)
@@ -295,14 +310,14 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _read_line(number: int, line: bytes, first_lines: dict[str, int]) -> JobLine | LineFault:
+def _read_line(number: int, line: bytes, first_line: Callable[[str, int], int]) -> JobLine | LineFault:
     custom_id = f"line-{number}"
     prefix = ""
     try:
         row = _parse(line)
         is_openai = "body" in row or "url" in row or "method" in row
         custom_id = _custom_id(row, is_openai) or custom_id
-        if (first := first_lines.setdefault(custom_id, number)) != number:
+        if (first := first_line(custom_id, number)) != number:
             message = f"custom_id {_shown(custom_id)} was taken by line {first}; that one stands, rename this one"
             raise _Fault("duplicate_custom_id", "custom_id", message)
         unknown: list[str] = []

@@ -6,7 +6,7 @@ means. Importing this module loads triton, and `TRITON_INTERPRET=1` counts if it
 """
 
 # mypy: disable-error-code="no-untyped-def"
-# Whether an argument is a tensor, a pointer or a descriptor is up to the launch, and triton reads annotations its own way.
+# Whether an argument is a tensor, a pointer or a descriptor is up to the launch; triton reads annotations its own way.
 
 from __future__ import annotations
 

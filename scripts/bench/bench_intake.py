@@ -2,8 +2,9 @@
 memory that takes.
 
 Jobs are of generated text, and the tokenizer is a byte-level BPE trained on such text. Rates are a core's (processor
-time) for reading and the clock's for tokenising, which takes all cores; medians of alternating repeats. Memory is what
-the peak of a process of its own grows by, at 1x, 4x and 16x the work, after a small job has warmed it up.
+time) for reading and the clock's for tokenising, which takes all cores; medians of alternating repeats. Memory is the
+peak of a process of its own, at 1x, 4x and 16x the work; what a request takes is how much more one with more requests
+holds.
 
     python scripts/bench/bench_intake.py
     python scripts/bench/bench_intake.py --scale 0.1 --repeats 3
@@ -15,7 +16,7 @@ import argparse
 import json
 import os
 import platform
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -23,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -218,49 +220,49 @@ MEMORY_JOBS = {
     "chats of 10 kB": lambda count, words: chats(count, words, 80),
     "prompts of 100 B": lambda count, words: prompts(count, 6),
 }
-MEMORY_SIZES = {"chats of 10 kB": 2500, "prompts of 100 B": 25_000}  # at 1x
+MEMORY_SIZES = {"chats of 10 kB": 2500, "prompts of 100 B": 60_000}  # at 1x
 
 
 def measure_memory(folder: Path, scale: float) -> dict[str, Any]:
-    """What the peak memory of a process grows by while it reads a job and tokenises it."""
+    """The peak memory of a process that checks a job, reads it and tokenises it."""
     tokenizer = load_tokenizer(folder / "model")
     found: dict[str, Any] = {}
     for name, make in MEMORY_JOBS.items():
-        found[name] = []
+        rows: list[dict[str, float]] = []
         for times in (1, 4, 16):
             path = folder / "memory.jsonl"
             write_job(path, make(int(MEMORY_SIZES[name] * scale) * times, system_words(tokenizer)))
             command = [sys.executable, __file__, "--peak-of", str(path), str(folder / "model")]
             shown = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            found[name].append({"mb_of_job": path.stat().st_size / 1e6} | json.loads(shown))
+            rows.append({"mb_of_job": path.stat().st_size / 1e6} | json.loads(shown))
             path.unlink()
+        for less, more in pairwise(rows):
+            beside = [row["mb_of_peak"] - row["mb_of_tokens"] for row in (less, more)]
+            more["bytes_a_request_beside"] = 1e6 * (beside[1] - beside[0]) / (more["requests"] - less["requests"])
+        found[name] = rows
     return found
 
 
 def peak_of(job: Path, model: Path) -> dict[str, float]:
-    """Read and tokenise a job in this process."""
-
-    def peak() -> float:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    """Check, read and tokenise a job in this process."""
 
     def lines(path: Path) -> Iterator[JobLine]:
-        return (line for line in read_job(open_job(path)) if isinstance(line, JobLine))
+        source = open_job(path)
+        lint_job(source)
+        return (line for line in read_job(source) if isinstance(line, JobLine))
 
     tokenizer = load_tokenizer(model)
     with tempfile.TemporaryDirectory() as folder:
-        small = Path(folder) / "small.jsonl"
-        # More than a batch, of texts that are kept until there is no more room for them.
-        write_job(small, prompts(15_000, 300))
-        tokens_of(lines(small), tokenizer)
-    before = peak()
+        other = Path(folder) / "other.jsonl"
+        write_job(other, prompts(130_000, 6))  # fills what the encoder keeps, which does not grow with a job
+        tokens_of(lines(other), tokenizer)
     requests = tokens_of(lines(job), tokenizer)
-    grown = peak() - before
-    table = requests.tokens.ids.nbytes
+    # Not getrusage: that has the peak of the process that started this one, before it became this program.
+    [peak] = re.findall(r"^VmHWM:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
     return {
         "requests": len(requests),
-        "mb_of_tokens": table / 1e6,
-        "mb_grown": grown / 1e6,
-        "bytes_a_request_beside": (grown - table) / len(requests),
+        "mb_of_tokens": requests.tokens.ids.nbytes / 1e6,
+        "mb_of_peak": int(peak) * 1024 / 1e6,
     }
 
 
@@ -283,12 +285,13 @@ def show(document: dict[str, Any]) -> Iterator[str]:
         f"{row['us_a_request_once']:.0f} us a request"
     )
     yield ""
-    yield f"{'memory':20}{'requests':>10}{'job MB':>9}{'tokens MB':>11}{'grown MB':>10}{'beside, B a request':>22}"
+    yield f"{'memory':20}{'requests':>10}{'job MB':>9}{'tokens MB':>11}{'peak MB':>10}{'beside, B a request':>22}"
     for name, rows in document["memory"].items():
         for row in rows:
+            beside = row.get("bytes_a_request_beside")
             yield (
                 f"{name:20}{row['requests']:10,}{row['mb_of_job']:9.0f}{row['mb_of_tokens']:11.1f}"
-                f"{row['mb_grown']:10.1f}{row['bytes_a_request_beside']:22.0f}"
+                f"{row['mb_of_peak']:10.1f}{'' if beside is None else f'{beside:.0f}':>22}"
             )
 
 

@@ -429,6 +429,16 @@ def test_first_of_a_custom_id_runs_and_each_later_line_is_a_duplicate(tmp_path):
         assert "line 1" in other.message
 
 
+def test_every_pass_finds_the_same_duplicates(tmp_path):
+    ids = [1, 2, 1, 3, 2, 1]
+    whole = read(tmp_path, *({"id": i, "prompt": "a"} for i in ids))
+    source = open_job(tmp_path / "jobs.jsonl")
+    next(read_job(source))  # a pass that is given up has found nothing
+    assert list(read_job(source)) == whole
+    assert list(read_job(source)) == whole
+    assert [item.number for item in whole if isinstance(item, LineFault)] == [3, 5, 6]
+
+
 def test_explicit_id_that_equals_a_missing_one(tmp_path):
     codes = [getattr(x, "code", None) for x in read(tmp_path, {"id": "line-2", "prompt": "a"}, {"prompt": "b"})]
     assert codes == [None, "duplicate_custom_id"]

@@ -214,7 +214,7 @@ class TestForests:
     @pytest.mark.slow
     @pytest.mark.timeout(1800)
     @given(case=any_case)
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=100, deadline=None)
     def test_many_steps(self, case: dict[str, Any]) -> None:
         self.any_step(most=60, **case)
 

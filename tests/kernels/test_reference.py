@@ -99,3 +99,31 @@ def test_merging_extreme_scores_neither_overflows_nor_vanishes(score: float) -> 
     out, lse = merge_states(torch.tensor([[1.0], [3.0]]), torch.tensor([score, score]))
     torch.testing.assert_close(out, torch.tensor([2.0]))
     torch.testing.assert_close(lse, torch.tensor(score) + torch.tensor(2.0).log())
+
+
+@pytest.mark.parametrize("softcap", [0.5, 20.0])
+def test_softcap_is_applied_to_scaled_scores(softcap: float) -> None:
+    query, keys, values = parts(heads=(3, 3))
+    out, lse = shared_prefix_attention(query, keys, values, [torch.arange(20)] * 5, scale=0.7, softcap=softcap)
+    scores = softcap * torch.tanh(torch.einsum("thd,shd->ths", query, keys) * 0.7 / softcap)
+    torch.testing.assert_close(lse, scores.logsumexp(dim=-1))
+    torch.testing.assert_close(out, torch.einsum("ths,shd->thd", scores.softmax(dim=-1), values))
+
+
+def test_a_sink_is_one_more_key_whose_value_is_zero() -> None:
+    query, keys, values = parts(heads=(3, 3))
+    sinks = torch.tensor([-2.0, 0.0, 3.0])
+    out, lse = shared_prefix_attention(query, keys, values, [torch.arange(20)] * 5, scale=0.7, sinks=sinks)
+    scores = torch.einsum("thd,shd->ths", query, keys) * 0.7
+    scores = torch.cat((scores, sinks[:, None].expand(5, 3, 1)), dim=-1)
+    torch.testing.assert_close(lse, scores.logsumexp(dim=-1))
+    torch.testing.assert_close(out, torch.einsum("ths,shd->thd", scores.softmax(dim=-1)[..., :-1], values))
+    # Merged with parts that know nothing of it, it enters once; where nothing else is seen it is all there is.
+    cuts = [torch.arange(0, 7), torch.arange(7, 20)]
+    pieces = [shared_prefix_attention(query, keys, values, [cut] * 5, scale=0.7) for cut in cuts]
+    merged = merge_states(torch.stack([out for out, _ in pieces]), torch.stack([lse for _, lse in pieces]), sinks)
+    torch.testing.assert_close(merged, (out, lse))
+    nothing = [torch.empty(0, dtype=torch.int64)] * 5
+    out, lse = shared_prefix_attention(query, keys, values, nothing, scale=0.7, sinks=sinks)
+    assert (out == 0).all()
+    assert torch.equal(lse, sinks.expand(5, 3))
