@@ -216,23 +216,21 @@ def tokens_of(lines: Any, tokenizer: Tokenizer) -> Requests:
     return intake.requests
 
 
-MEMORY_JOBS = {
-    "chats of 10 kB": lambda count, words: chats(count, words, 80),
-    "prompts of 100 B": lambda count, words: prompts(count, 6),
-}
-MEMORY_SIZES = {"chats of 10 kB": 2500, "prompts of 100 B": 60_000}  # at 1x
+# Requests at 1x, words of a question, and whether it stands behind a system prompt.
+MEMORY_JOBS = {"chats of 10 kB": (2500, 80, True), "prompts of 100 B": (60_000, 6, False)}
 
 
 def measure_memory(folder: Path, scale: float) -> dict[str, Any]:
     """The peak memory of a process that checks a job, reads it and tokenises it."""
     tokenizer = load_tokenizer(folder / "model")
     found: dict[str, Any] = {}
-    for name, make in MEMORY_JOBS.items():
+    for name, (size, words, chat) in MEMORY_JOBS.items():
         rows: list[dict[str, float]] = []
         for times in (1, 4, 16):
             path = folder / "memory.jsonl"
-            write_job(path, make(int(MEMORY_SIZES[name] * scale) * times, system_words(tokenizer)))
-            command = [sys.executable, __file__, "--peak-of", str(path), str(folder / "model")]
+            count = int(size * scale) * times
+            write_job(path, chats(count, system_words(tokenizer), words) if chat else prompts(count, words))
+            command = [sys.executable, __file__, "--peak-of", str(path), str(folder / "model"), str(words)]
             shown = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             rows.append({"mb_of_job": path.stat().st_size / 1e6} | json.loads(shown))
             path.unlink()
@@ -243,7 +241,7 @@ def measure_memory(folder: Path, scale: float) -> dict[str, Any]:
     return found
 
 
-def peak_of(job: Path, model: Path) -> dict[str, float]:
+def peak_of(job: Path, model: Path, words: int) -> dict[str, float]:
     """Check, read and tokenise a job in this process."""
 
     def lines(path: Path) -> Iterator[JobLine]:
@@ -254,7 +252,8 @@ def peak_of(job: Path, model: Path) -> dict[str, float]:
     tokenizer = load_tokenizer(model)
     with tempfile.TemporaryDirectory() as folder:
         other = Path(folder) / "other.jsonl"
-        write_job(other, prompts(130_000, 6))  # fills what the encoder keeps, which does not grow with a job
+        # Fills what the encoder keeps of such questions, which does not grow with a job.
+        write_job(other, prompts(8_000_000 // (words + 60), words))
         tokens_of(lines(other), tokenizer)
     requests = tokens_of(lines(job), tokenizer)
     # Not getrusage: that has the peak of the process that started this one, before it became this program.
@@ -299,10 +298,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", type=float, default=1.0, help="size of the jobs; 1 takes some minutes")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--peak-of", nargs=2, type=Path, metavar=("JOB", "MODEL"), help=argparse.SUPPRESS)
+    parser.add_argument("--peak-of", nargs=3, metavar=("JOB", "MODEL", "WORDS"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak_of:
-        print(json.dumps(peak_of(*args.peak_of)))
+        job, model, words = args.peak_of
+        print(json.dumps(peak_of(Path(job), Path(model), int(words))))
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
