@@ -238,6 +238,6 @@ def test_shipped_devices_price_every_dtype(name):
         assert cost.fitted == (dtype in device.fitted)
         work = Work(steps=1, rows=512, sampled=8, chunks=9, reads=8, pairs=10**5, prefix_kv=512, suffix_kv=300)
         assert 0 < cost.seconds(work) < float("inf")
-    if name != "cpu":
+    if device.kind == "cuda":  # none was at hand
         assert not device.fitted
         assert "data sheet" in device.hardware
