@@ -1,9 +1,9 @@
 """Measure steps on this device and write what planning wants to know of it: `configs/devices/<name>.toml`.
 
 Random models of a few shapes run jobs through the real scheduler, loop and worker; the jobs are made such that each of
-`specs.COST_UNITS` weighs much in some steps and little in others. The seconds of a unit are a least squares fit of
-relative errors with no constant below zero, over the median of each step's repeats. How well they hold is measured on
-what the fit has not seen: whole jobs, of another model.
+`specs.COST_UNITS` weighs much in some steps and little in others. The seconds of a unit are a least squares fit with no
+constant below zero, over the median of each step's repeats. How well they hold is measured on what the fit has not
+seen: whole jobs, of another model.
 
     python scripts/calibrate_device.py --quick --out /tmp
 """
@@ -88,10 +88,12 @@ def shape(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int
     }
 
 
-# SmolLM2-135M's width, one wider with few layers, one narrow with many, one like the demo's; held out: SmolLM2-135M.
+# SmolLM2-135M's width with few layers and with fewer, one wider, one narrow with many, one like the demo's; held out:
+# SmolLM2-135M. Two depths of one width tell apart what is paid per layer, per weight and per step.
 FULL = Effort(
     shapes=(
         shape(576, 1536, 6, 9, 3, 16384),
+        shape(576, 1536, 2, 9, 3, 8192),
         shape(1024, 2816, 2, 16, 8, 8192),
         shape(256, 704, 16, 4, 2, 8192),
         shape(128, 256, 4, 4, 2, 812),
@@ -327,18 +329,19 @@ def nnls(a: Float, b: Float) -> Float:
 
 
 def fit(units: Float, seconds: Float) -> Float:
-    """Seconds of each unit, `[U]`: least squares of relative errors, in which outliers weigh less (Huber's weights, by
-    iteration).
+    """Seconds of each unit, `[U]`: least squares of relative errors, in which long steps weigh more, as they make the
+    time of a run, and outliers less (Huber's weights, by iteration).
 
     Args:
         units: `[N, U]`.
         seconds: `[N]`, of each step.
     """
     relative = units / seconds[:, None]
-    weight = np.ones(seconds.size)
+    size = np.sqrt(seconds / seconds.mean())
+    weight = size
     for _ in range(20):
         constants = nnls(relative * weight[:, None], weight)
-        weight = np.sqrt(_OUTLIER / np.maximum(np.abs(relative @ constants - 1), _OUTLIER))
+        weight = size * np.sqrt(_OUTLIER / np.maximum(np.abs(relative @ constants - 1), _OUTLIER))
     return constants
 
 

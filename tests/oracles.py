@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections import deque
 
 import numpy as np
 
@@ -60,7 +61,8 @@ def make_requests(
 
 class ContextWorker:
     """Keeps, in place of K and V, the token and the position of each place of the pool; checks that every row sees
-    the whole of its context, each token once, and samples by `next_token`."""
+    the whole of its context, each token once, and samples by `next_token`. Steps are computed when they are collected,
+    so that it may lag behind what is submitted."""
 
     def __init__(self, requests: Requests, page_size: int, pages: int, *, end: int | None = None) -> None:
         self.requests = requests
@@ -72,15 +74,20 @@ class ContextWorker:
         self.pages_of: dict[int, list[int]] = {}
         self.sampled: dict[int, list[int]] = {}
         self.steps: list[Step] = []
+        self.under_way: deque[Step] = deque()
+        self.before = np.zeros(0, dtype=np.int32)  # what the step before sampled
 
     def submit(self, step: Step) -> None:
         self.steps.append(step)
+        self.under_way.append(step)
 
     def close(self) -> None:
         pass
 
     def collect(self) -> StepOutput:
-        step = self.steps[-1]
+        step = self.under_way.popleft()
+        token_ids = step.token_ids.copy()
+        token_ids[token_ids < 0] = self.before[-1 - token_ids[token_ids < 0]]
         for slot in step.releases.tolist():
             for page in self.pages_of.pop(slot):
                 assert self.owner[page] == slot
@@ -97,7 +104,7 @@ class ContextWorker:
         for c, slot in enumerate(step.sequence.tolist()):
             for k in range(int(step.length[c])):
                 place = self.place(slot, int(step.start[c]) + k)
-                self.token[place] = step.token_ids[first_row[c] + k]
+                self.token[place] = token_ids[first_row[c] + k]
                 self.position[place] = step.depth[c] + step.start[c] + k
         reads = step.prefix_reads
         assert list(zip(reads.level, reads.first_row, strict=True)) == sorted(
@@ -128,7 +135,8 @@ class ContextWorker:
                 done.append(next_token(seen))
                 tokens.append(done[-1])
                 ended.append(done[-1] == self.end)
-        return StepOutput(np.array(tokens, dtype=np.int32), np.array(ended, dtype=bool), 0.0)
+        self.before = np.array(tokens, dtype=np.int32)
+        return StepOutput(self.before, np.array(ended, dtype=bool), 0.0)
 
     def place(self, slot: int, own: int) -> int:
         return self.pages_of[slot][own // self.page_size] * self.page_size + own % self.page_size

@@ -12,8 +12,9 @@ for its own sequence. Partial p of row t is written to place `[p, t]`; a row tha
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -141,26 +142,62 @@ class Pieces:
 
 
 class StepTensors:
-    """The rows of a step as tensors, whatever computes their attention.
+    """The rows of a step as tensors, whatever computes their attention: arrays first, which `bind` takes from the
+    device when they are there.
 
     Attributes:
+        arrays: what the device wants to know of the step.
         input_ids, positions: int64 `[1, T]`.
-        store_index: int64 `[T]`, where in the pool the K and V of each row go.
+        store_index: int64 `[T]`, where in the pool the K and V of each row go; -1 for padding.
         sample_index: int64 `[S]`, rows that sample.
-        num_rows: T.
+        num_rows: T, padding included.
+
+    Args:
+        rows: T, where the step is to be padded to so many; what is computed in rows of padding is not read.
     """
 
-    def __init__(self, step: Step, tables: PageTables, device: str = "cpu") -> None:
+    input_ids: torch.Tensor
+    positions: torch.Tensor
+    store_index: torch.Tensor
+    sample_index: torch.Tensor
+
+    def __init__(self, step: Step, tables: PageTables, rows: int | None = None) -> None:
         self._step = step
         self._tables = tables
-        self.num_rows = step.num_rows
+        self.num_rows = rows or step.num_rows
+        self._padded = rows is not None
         first = np.cumsum(step.length) - step.length  # [C]
         own = np.arange(step.num_rows) - np.repeat(first - step.start, step.length)  # [T]
         self._positions = own + np.repeat(step.depth, step.length)
-        self.input_ids = torch.from_numpy(step.token_ids.astype(np.int64))[None].to(device)
-        self.positions = torch.from_numpy(self._positions)[None].to(device)
-        self.store_index = torch.from_numpy(tables.index(np.repeat(step.sequence, step.length), own)).to(device)
-        self.sample_index = torch.from_numpy((first + step.length - 1)[step.samples]).to(device)
+        sample_index = (first + step.length - 1)[step.samples]
+        self.arrays: dict[str, npt.NDArray[np.integer[Any]]] = {
+            "input_ids": step.token_ids.astype(np.int64),
+            "positions": self._positions,
+            "store_index": tables.index(np.repeat(step.sequence, step.length), own),
+            "sample_index": sample_index,
+        }
+        padding = self.num_rows - step.num_rows
+        if padding:
+            for name, filler in (("input_ids", 0), ("positions", 0), ("store_index", -1)):
+                self.arrays[name] = np.append(self.arrays[name], np.full(padding, filler))
+            self.arrays["sample_index"] = np.append(sample_index, np.arange(step.num_rows, self.num_rows))
+
+    @property
+    def graph_key(self) -> Hashable:
+        """The same for steps that a captured graph can run alike; None for one that no graph runs."""
+        return None
+
+    def bind(self, tensors: Mapping[str, torch.Tensor], sampled_before: torch.Tensor | None) -> None:
+        """Take the arrays from the device.
+
+        Args:
+            sampled_before: what the step before this one sampled, int64 `[*]`, if there was one.
+        """
+        ids = tensors["input_ids"]
+        if sampled_before is not None and self._step.token_ids.size and self._step.token_ids.min() < 0:
+            ids.copy_(torch.where(ids < 0, sampled_before[(-1 - ids).clamp(min=0)], ids))
+        self.input_ids, self.positions = ids[None], tensors["positions"][None]
+        self.store_index, self.sample_index = tensors["store_index"], tensors["sample_index"]
 
 
 class Batch(StepTensors):

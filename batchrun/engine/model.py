@@ -29,6 +29,7 @@ class LoadedModel:
     Attributes:
         module: transformers' causal language model.
         num_layers, num_heads, num_kv_heads, head_dim: its attention.
+        vocab_size: logits of a row.
         dtype: of weights and KV.
         device: where they are.
         attention: what computes it: `cpu` or `triton`.
@@ -39,6 +40,7 @@ class LoadedModel:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    vocab_size: int
     dtype: torch.dtype
     device: str
     attention: Attention
@@ -103,6 +105,7 @@ def load_model(
         num_heads=module.config.num_attention_heads,
         num_kv_heads=module.config.num_key_value_heads,
         head_dim=module.model.layers[0].self_attn.head_dim,
+        vocab_size=module.config.vocab_size,
         dtype=module.dtype,
         device=device,
         attention=attention,

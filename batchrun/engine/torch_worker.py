@@ -4,20 +4,48 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from time import perf_counter
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from batchrun.engine.batch import Batch, StepTensors
+from batchrun.engine.device import Device, make_device
 from batchrun.engine.kv_cache import KVCache, PageTables
 from batchrun.engine.model import LoadedModel
 from batchrun.engine.sampler import Sampler
+from batchrun.errors import BatchrunError
 from batchrun.request import Requests
 from batchrun.schedule.step import Step, StepOutput
 
+# Steps of decodes alone are padded to one of these, so that a graph captured for so many rows can be replayed; in steps
+# of more rows the device has enough to do while the host launches.
+_GRAPH_ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+
+
+@dataclass(frozen=True, slots=True)
+class _UnderWay:
+    """A step whose results are not collected yet."""
+
+    step: Step
+    token_ids: Callable[[], npt.NDArray[Any]]
+    seconds: Callable[[], float]
+    padded_rows: int
+    parts: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What a forward pass sampled, int64 `[S]` on the device, and the rows that it computed."""
+
+    token_ids: torch.Tensor
+    rows: int
+
 
 class TorchWorker:
-    """Runs steps with a model, one at a time.
+    """Runs steps with a model, one after the other; nothing is waited for but in `collect`.
 
     Args:
         model: loaded.
@@ -25,6 +53,7 @@ class TorchWorker:
         eos_token_ids: the model's ends of text.
         page_size: tokens of a KV page.
         num_pages: pages of the pool.
+        device: where the model is.
     """
 
     def __init__(
@@ -35,9 +64,11 @@ class TorchWorker:
         eos_token_ids: frozenset[int],
         page_size: int,
         num_pages: int,
+        device: Device | None = None,
     ) -> None:
         self._model = model
-        self._sampler = Sampler(requests, eos_token_ids)
+        self._device = device or make_device(model.device)
+        self._sampler = Sampler(requests, eos_token_ids, model.device)
         self._tables = PageTables(page_size)
         self._kv_cache: KVCache | None = KVCache(
             model.num_layers,
@@ -50,18 +81,64 @@ class TorchWorker:
             by_pages=model.attention == "triton",
         )
         self._make_batch = self._cpu_batch if model.attention == "cpu" else self._triton_batches(page_size)
-        self._done: deque[StepOutput] = deque()
+        self._sampled: torch.Tensor | None = None  # by the step before
+        self._under_way: deque[_UnderWay] = deque()
 
     def submit(self, step: Step) -> None:
-        """Run a step."""
-        if self._kv_cache is None:
-            raise RuntimeError("the worker is closed")
-        began = perf_counter()
+        """Run a step; on a GPU, let it run.
+
+        Raises:
+            BatchrunError: there is no memory for a single row.
+        """
+        stop = self._device.start_clock()
         self._tables.apply(step)
         with torch.inference_mode():
-            logits = self._model.logits(self._make_batch(step), self._kv_cache)
-            token_ids, ended = self._sampler.sample(logits, step.request[step.samples], step.num_sampled[step.samples])
-        self._done.append(StepOutput(token_ids, ended, perf_counter() - began))
+            parts = self._run(step)
+            self._sampled = parts[0].token_ids if len(parts) == 1 else torch.cat([part.token_ids for part in parts])
+            token_ids = self._device.download(self._sampled)
+        rows = sum(part.rows for part in parts)
+        self._under_way.append(_UnderWay(step, token_ids, stop(), rows - step.num_rows, len(parts)))
+
+    def _run(self, step: Step) -> list[_Part]:
+        """Run a step, in parts where there is not enough memory to run it at once."""
+        try:
+            return [self._forward(step)]
+        except Exception as error:
+            if not self._device.is_full(error):
+                raise
+            if step.num_rows == 1:
+                raise BatchrunError(
+                    f"There is no memory for a single row: {error}", hint="Give less memory to KV: --kv-memory."
+                ) from error
+        # Behind the handler, which holds on to what the pass that failed had made.
+        self._device.give_back()
+        return [part for half in step.split(step.num_rows // 2) for part in self._run(half)]
+
+    def _forward(self, step: Step) -> _Part:
+        if self._kv_cache is None:
+            raise RuntimeError("the worker is closed")
+        batch = self._make_batch(step)
+        requests = step.request[step.samples]
+        sampling = self._sampler.prepare(requests, step.num_sampled[step.samples], self._model.vocab_size)
+        tensors = self._device.upload({**batch.arrays, **sampling.arrays})
+        batch.bind(tensors, self._sampled)
+        logits = self._logits(batch, self._kv_cache)[: requests.size]
+        return _Part(self._sampler.sample(logits, sampling, tensors), batch.num_rows)
+
+    def collect(self) -> StepOutput:
+        done = self._under_way.popleft()
+        token_ids = done.token_ids().astype(np.int32)
+        ended = self._sampler.ended(done.step.request[done.step.samples], token_ids)
+        return StepOutput(token_ids, ended, done.seconds(), done.padded_rows, done.parts)
+
+    def close(self) -> None:
+        self._kv_cache = None
+        self._under_way.clear()
+
+    def _logits(self, batch: StepTensors, kv_cache: KVCache) -> torch.Tensor:
+        if batch.graph_key is None:
+            return self._model.logits(batch, kv_cache)
+        return self._device.graphed(batch.graph_key, lambda: self._model.logits(batch, kv_cache))
 
     def _cpu_batch(self, step: Step) -> StepTensors:
         group_size = self._model.num_heads // self._model.num_kv_heads
@@ -81,10 +158,12 @@ class TorchWorker:
             dtype=model.dtype,
             device=model.device,
         )
-        return lambda step: TritonBatch(step, self._tables, attention, model.device)
+        windows: list[int | None] = []
+        return lambda step: TritonBatch(step, self._tables, attention, windows, _padded_rows(step))
 
-    def collect(self) -> StepOutput:
-        return self._done.popleft()
 
-    def close(self) -> None:
-        self._kv_cache = None
+def _padded_rows(step: Step) -> int | None:
+    """How many rows a step of decodes alone is padded to; None for any other."""
+    if not (step.samples & (step.length == 1)).all():
+        return None
+    return next((rows for rows in _GRAPH_ROWS if rows >= step.num_rows), None)

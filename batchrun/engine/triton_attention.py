@@ -5,8 +5,10 @@ On CPU tensors it runs under Triton's interpreter (`TRITON_INTERPRET=1`), which 
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from batchrun_kernels.attention import Plan, SharedPrefixAttention, store_kv
 from batchrun_kernels.work_list import Columns
@@ -19,11 +21,24 @@ from batchrun.schedule.step import Step
 
 
 class TritonBatch(StepTensors):
-    """A step for the kernels: its rows, and a work list for each window that layers have."""
+    """A step for the kernels: its rows, and a work list for each window that layers have.
 
-    def __init__(self, step: Step, tables: PageTables, attention: SharedPrefixAttention, device: str) -> None:
-        super().__init__(step, tables, device)
+    Args:
+        windows: those that layers have asked for so far, None for one that sees all; others are added as layers ask.
+        rows: as for `StepTensors`.
+    """
+
+    def __init__(
+        self,
+        step: Step,
+        tables: PageTables,
+        attention: SharedPrefixAttention,
+        windows: list[int | None],
+        rows: int | None = None,
+    ) -> None:
+        super().__init__(step, tables, rows)
         self.attention = attention
+        self._windows = windows
         reads = step.prefix_reads
         self._columns = Columns(
             sequence=step.sequence,
@@ -37,13 +52,29 @@ class TritonBatch(StepTensors):
             position=reads.position,
             pages=tables.pages,
         )
+        self._lists = {window: attention.make(self._columns, window=window) for window in windows}
         self._plans: dict[int | None, Plan] = {}
+        for window, made in self._lists.items():
+            # As long as the longest, so that what follows lies in the same place in every step of so many rows.
+            work = np.zeros(attention.room[0], dtype=np.int32)
+            work[: made.data.size] = made.data
+            self.arrays[f"work list, window {window}"] = work
+
+    def bind(self, tensors: Mapping[str, torch.Tensor], sampled_before: torch.Tensor | None) -> None:
+        super().bind(tensors, sampled_before)
+        for window, made in self._lists.items():
+            self._plans[window] = Plan(made, tensors[f"work list, window {window}"], window)
 
     def plan(self, window: int | None) -> Plan:
-        """The work list of layers whose rows see `window` keys at most; made once a step."""
-        if window not in self._plans:
+        """The work list of layers whose rows see `window` keys at most."""
+        if window not in self._plans:  # the first step of a model: later ones bring it with all else
             self._plans[window] = self.attention.plan(self._columns, window=window)
+            self._windows.append(window)
         return self._plans[window]
+
+    @property
+    def graph_key(self) -> Hashable:
+        return (self.num_rows, self.attention.room) if self._padded else None
 
 
 def triton_attention(

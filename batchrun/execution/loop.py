@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
 
-import numpy as np
-import numpy.typing as npt
-
 from batchrun.execution.worker import Worker
 from batchrun.report.records import StepLog, StepRecord
-from batchrun.schedule.scheduler import Finished, Scheduler
+from batchrun.schedule.scheduler import Finished, Scheduler, Watch
 from batchrun.schedule.step import Step, StepOutput
-
-Watch = Callable[[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.bool_]], npt.NDArray[np.bool_]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,38 +37,39 @@ def run_loop(
     watch: Watch | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> LoopEnd:
-    """Run steps until every request has its answer, or `should_stop` says so between two steps.
+    """Run steps until every request has its answer, or `should_stop` says so between two steps; with a scheduler of
+    depth 2, a step is made and submitted while the device computes the one before it.
 
     Args:
         on_finished: called for each answer, as soon as it is there.
         on_step: called after each step and its answers.
-        watch: given the requests, the token ids and the ends that the model made of the rows sampled, `[S]` each;
-            says which answers a stop string ends.
+        watch: says which answers a stop string ends.
     """
     log = StepLog()
     padded = 0
+    in_flight: deque[tuple[Step, int]] = deque()
     while True:
-        if should_stop():
-            return LoopEnd(log, padded, stopped=True)
-        began = perf_counter()
-        step = scheduler.schedule()
-        if step is None:
-            return LoopEnd(log, padded, stopped=False)
-        pages_used = scheduler.pool.num_used
+        stopping = should_stop()
+        began, waited = perf_counter(), 0.0
+        while not stopping and len(in_flight) < scheduler.depth and (step := scheduler.schedule()) is not None:
+            in_flight.append((step, scheduler.pool.num_used))
+            submitted = perf_counter()
+            worker.submit(step)
+            waited += perf_counter() - submitted
+        if not in_flight:
+            return LoopEnd(log, padded, stopped=stopping)
+        step, pages_used = in_flight.popleft()
         submitted = perf_counter()
-        worker.submit(step)
         output = worker.collect()
-        waited = perf_counter() - submitted
-        requests = step.request[step.samples]
-        stopped = watch(requests, output.token_ids, output.ended) if watch is not None else None
-        finished = scheduler.update(step, output, stopped)
+        waited += perf_counter() - submitted
+        finished = scheduler.update(step, output, watch)
         decodes = int(((step.num_sampled > 0) & step.samples & (step.length == 1)).sum())
         padded += output.padded_rows
         log.append(
             StepRecord(
                 index=step.index,
                 rows=step.num_rows,
-                sampled=requests.size,
+                sampled=output.token_ids.size,
                 prefill_rows=step.num_rows - decodes,
                 decode_rows=decodes,
                 pages_used=pages_used,

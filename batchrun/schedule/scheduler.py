@@ -9,6 +9,7 @@ admitted when a step has rows for it and the pages booked in no coming step exce
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,10 +26,13 @@ from batchrun.schedule.step import PrefixReads, Step, StepOutput
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
+Bool = npt.NDArray[np.bool_]
+# Given the requests that were sampled, the token ids, and which of these end an answer by themselves, `[S]` each: which
+# answers a stop string ends.
+Watch = Callable[[Int32, Int32, Bool], Bool]
+
 _AHEAD = 64
 _NO_INTS = np.empty(0, dtype=np.int32)
-
-Bool = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +66,7 @@ class Counters:
         prefix_evictions: shared prefixes that gave their pages back while requests that read them had yet to run.
         idle_rows: rows computed for requests that had their answer already (with several steps in flight, an end is
             learnt late).
+        memory_retries: steps that were computed in parts, because the device had not enough memory for them.
     """
 
     prompt_computed: int = 0
@@ -70,6 +75,7 @@ class Counters:
     preemptions: int = 0
     prefix_evictions: int = 0
     idle_rows: int = 0
+    memory_retries: int = 0
 
 
 class _Candidate(NamedTuple):
@@ -106,10 +112,19 @@ class _Booking(NamedTuple):
 class Scheduler:
     """Turns a plan into steps. `schedule()` gives the next step, `update()` takes what it brought.
 
+    With two steps in flight, a step is made before it is known what the one before it sampled. So a request goes on
+    until its end is known, one row too far where a token ends it; that row is dropped and counted
+    (`Counters.idle_rows`).
+
     Every request must fit into the pool on its own, with its prefixes (`planning.planner.pages_needed`).
+
+    Args:
+        plan: what to run, and in which order.
+        requests: those that the plan speaks of.
+        depth: steps in flight at a time, 1 or 2.
     """
 
-    def __init__(self, plan: Plan, requests: Requests) -> None:
+    def __init__(self, plan: Plan, requests: Requests, *, depth: int = 1) -> None:
         self.pool = PagePool(plan.budget.pages)
         self.counters = Counters()
         self.sequences = Sequences()
@@ -120,6 +135,9 @@ class Scheduler:
         self._step_tokens = plan.options.step_tokens
         self._ledger = PageLedger(plan.budget.page_size)
         self._steps = 0
+        self._updates = 0
+        self.depth = depth
+        self._lag = depth - 1  # steps that a request keeps its pages after the one that samples its last token
 
         groups = plan.groups
         self._slot_of_group = np.full(len(groups), -1, dtype=np.int32)
@@ -136,6 +154,7 @@ class Scheduler:
         self._probing = plan.probe  # answers still to come before the rest is ordered by what they teach
         self._ahead: deque[_Candidate] = deque()  # the requests in the order from this place on
         self._preempted: deque[int] = deque()  # slots, to be admitted again before any new request
+        self._lost: dict[int, int] = {}  # by rank, tokens computed for nothing of sequences that are not there now
         self._advancing = np.empty(0, dtype=np.int32)  # slots with something to compute, in order of admission
         self._releases: list[int] = []
         self._grants: list[tuple[Int32, Int32]] = []  # sequences, pages
@@ -146,43 +165,46 @@ class Scheduler:
         return self._order.size - self._next + len(self._preempted)
 
     def schedule(self) -> Step | None:
-        """The next step, or None when every request has its answer."""
+        """The next step; None when every request has its answer, or nothing can go on before the next `update()`."""
         self._admit()
-        if not self._advancing.size:
-            if self.num_waiting:
-                raise AssertionError("requests wait and none can be admitted")
-            return None
         slots, length = self._fill()
         while not self._reserve_pages(slots, length):
             slots, length = self._fill()
+        if not slots.size:
+            if self.num_waiting and self._updates == self._steps:
+                raise AssertionError("requests wait and none can be admitted")
+            return None
         return self._make_step(slots, length)
 
-    def update(self, step: Step, output: StepOutput, stopped: Bool | None = None) -> list[Finished]:
+    def update(self, step: Step, output: StepOutput, watch: Watch | None = None) -> list[Finished]:
         """Take the outcome of a step.
 
         Args:
             step: a step that `schedule()` gave, the oldest not yet updated.
             output: what the worker sampled.
-            stopped: bool `[S]`, rows whose text ended by a stop string, or None.
+            watch: says which answers a stop string ends.
         """
         seqs = self.sequences
-        slots = step.sequence[step.samples]
-        stops = output.ended if stopped is None else output.ended | stopped
+        self._updates += 1
+        if output.parts > 1:  # there was no memory for so many rows at a time
+            self._step_tokens = max(min(self._step_tokens, step.num_rows // output.parts), 1)
+            self.counters.memory_retries += 1
+        slots, nth = step.sequence[step.samples], step.num_sampled[step.samples]
         token_ids, ended = output.token_ids, output.ended
         current = seqs.request[slots] == step.request[step.samples]
         if not current.all():
             self.counters.idle_rows += int((~current).sum())
-            slots, stops, token_ids, ended = (column[current] for column in (slots, stops, token_ids, ended))
-        seqs.append_sampled(slots, token_ids)
+            slots, nth, token_ids, ended = (column[current] for column in (slots, nth, token_ids, ended))
+        stops = ended if watch is None else ended | watch(seqs.request[slots].astype(np.int32), token_ids, ended)
+        seqs.sampled[slots, nth] = token_ids
         self.counters.sampled += slots.size
-        done = stops | (seqs.num_sampled[slots] >= seqs.max_new_tokens[slots])
-        goes_on = slots[~done]
-        seqs.num_tokens[goes_on] += 1
+        done = stops | (nth + 1 >= seqs.max_new_tokens[slots])
         # Nothing left to compute: requests that are done, and prefixes that are complete.
-        left = seqs.num_tokens[self._advancing] - seqs.num_computed[self._advancing]
-        self._advancing = self._advancing[left > 0]
+        advancing = self._advancing
+        goes_on = (seqs.request[advancing] >= 0) | (seqs.num_tokens[advancing] > seqs.num_computed[advancing])
+        self._advancing = advancing[goes_on & ~np.isin(advancing, slots[done])]
 
-        finished = self._finish(slots[done], stops[done], ended[done])
+        finished = self._finish(slots[done], nth[done] + 1, stops[done], ended[done])
         if finished:
             self.lengths.observe(
                 np.array([f.request for f in finished], dtype=np.int32),
@@ -191,7 +213,7 @@ class Scheduler:
             self._ahead.clear()  # what is expected of them has changed
             if self._probing:
                 self._learn_order(np.array([f.request for f in finished]))
-        outgrown = goes_on[seqs.until[goes_on] <= self._steps]
+        outgrown = slots[~done & (seqs.until[slots] <= self._steps) & (seqs.num_computed[slots] > 0)]  # not preempted
         if outgrown.size:
             self._book_longer(outgrown)
         return finished
@@ -286,7 +308,7 @@ class Scheduler:
         """
         tokens, left = candidate.tokens, candidate.left
         now, ledger = self._steps, self._ledger
-        stop = now + steps - 1 + left
+        stop = now + steps - 1 + left + self._lag
         held = -(-(tokens + left - 1) // self._page_size) if steps > 1 else 0
         prefixes = [
             (self._booked_until(group), -(-int(self._plan.groups.length[group]) // self._page_size)) for group in path
@@ -327,10 +349,12 @@ class Scheduler:
             )
             self._slot_of_group[group] = prefix
             entering.append(prefix)
+            self.counters.recomputed += self._lost.pop(int(groups.rank[group]), 0)
         slot = candidate.slot
         if slot >= 0:
             self._preempted.popleft()
             seqs.stamp(slot)
+            self.counters.recomputed += self._lost.pop(candidate.rank, 0)
         else:
             self._next += 1
             self._ahead.popleft()
@@ -409,7 +433,7 @@ class Scheduler:
     def _book_on(self, slot: int, left: int) -> None:
         """Book a request that decodes, or begins to, for `left` steps from this one, and its prefixes with it."""
         seqs, now = self.sequences, self._steps
-        tokens, until = int(seqs.num_tokens[slot]), now + left
+        tokens, until = int(seqs.num_tokens[slot]), now + left + self._lag
         self._ledger.book_growing(now, until, tokens)
         self._note(slot, _Booking(until, 0, tokens - now))
         for group in self._path(int(seqs.parent[slot])):
@@ -517,36 +541,39 @@ class Scheduler:
         self.lengths.widen()
 
     def _again(self, slot: int) -> None:
-        """A sequence stops advancing, and what it has computed will be computed a second time."""
-        self.counters.recomputed += int(self.sequences.num_computed[slot])
+        """A sequence stops advancing; what it has computed is computed a second time when it is let in again."""
+        self._lost[int(self.sequences.rank[slot])] = int(self.sequences.num_computed[slot])
         self._advancing = self._advancing[self._advancing != slot]
 
-    def _finish(self, slots: Int32, stops: Bool, ended: Bool) -> list[Finished]:
+    def _finish(self, slots: Int32, sampled: Int32, stops: Bool, ended: Bool) -> list[Finished]:
         """Requests that have their answers leave; so do prefixes that none will read."""
         seqs = self.sequences
         if not slots.size:
             return []
         finished = []
-        columns = (slots, stops, ended, seqs.request[slots], seqs.num_sampled[slots], seqs.depth[slots])
-        for slot, stop, by_token, request, sampled, depth in zip(*(c.tolist() for c in columns), strict=True):
+        columns = (slots, stops, ended, seqs.request[slots], sampled, seqs.depth[slots], seqs.num_computed[slots])
+        for slot, stop, by_token, request, tokens, depth, computed in zip(*(c.tolist() for c in columns), strict=True):
             finished.append(
                 Finished(
                     request=request,
-                    token_ids=seqs.sampled[slot, :sampled].copy(),
+                    token_ids=seqs.sampled[slot, :tokens].copy(),
                     reason=FinishReason.STOP if stop else FinishReason.LENGTH,
                     ended=by_token,
                     cached_tokens=depth,
                 )
             )
             path = self._path(int(seqs.parent[slot]))
-            self._unbook(slot)
-            self._release(slot)
+            if computed:
+                self._unbook(slot)
+                self._release(slot)
+                seqs.readers[self._slot_of_group[path]] -= 1
+            else:  # preempted while the step that sampled its last token was under way
+                self._preempted.remove(slot)
             seqs.remove(slot)
+            self._to_come[path] -= 1
             for group in path:
                 prefix = int(self._slot_of_group[group])
-                self._to_come[group] -= 1
-                seqs.readers[prefix] -= 1
-                if self._to_come[group] == 0:
+                if self._to_come[group] == 0 and prefix >= 0:
                     self._book_prefix(group, prefix, self._steps)
                     self._slot_of_group[group] = -1
                     self._release(prefix)
@@ -592,6 +619,7 @@ class Scheduler:
             self._book_growing(slots[complete])
         self.counters.prompt_computed += int(np.clip(seqs.num_prompt[slots] - start, 0, length).sum())
         seqs.num_computed[slots] = stop
+        seqs.sample(slots[step.samples])
         self._steps += 1
         self._releases, self._grants = [], []
         return step

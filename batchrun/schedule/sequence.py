@@ -23,9 +23,9 @@ class Sequences:
         rank: place in forest order.
         depth: tokens of groups before its own first token.
         num_prompt: own tokens that come from the table.
-        num_tokens: own tokens known so far, sampled ones included.
+        num_tokens: own tokens there are, sampled ones included, also those that the steps under way will sample.
         num_computed: own tokens whose KV is computed, or will be by the steps under way.
-        num_sampled: tokens sampled.
+        num_sampled: tokens sampled, or that will be by the steps under way.
         max_new_tokens: 0 for a shared prefix.
         num_pages: pages held.
         last_page: the page taken last, or -1.
@@ -35,7 +35,8 @@ class Sequences:
         held: pages booked in each step where it is booked as one that holds all it needs from the start, else 0.
         token_start: where its own tokens begin in `TokenTable.ids`.
         admitted: number of its admission; smaller is older.
-        sampled: int32 `[slots, *]`, the sampled tokens.
+        sampled: int32 `[slots, *]`, the sampled tokens; for one that the step under way samples, -1 - its place among
+            those that the step samples.
     """
 
     _COLUMNS = (
@@ -111,13 +112,15 @@ class Sequences:
         self.request[slot] = -1
         self._vacant.append(slot)
 
-    def append_sampled(self, slots: np.ndarray, token_ids: np.ndarray) -> None:
-        """Record one sampled token for each of the slots."""
+    def sample(self, slots: np.ndarray) -> None:
+        """Count a token more for each of the slots: those that the step being made samples, in its order. Unless it is
+        the last that the request may have, it is to be computed too."""
         at = self.num_sampled[slots]
         if at.size and int(at.max()) >= self.sampled.shape[1]:
             self.sampled = np.concatenate((self.sampled, np.zeros_like(self.sampled)), axis=1)
-        self.sampled[slots, at] = token_ids
-        self.num_sampled[slots] += 1
+        self.sampled[slots, at] = -1 - np.arange(slots.size)
+        self.num_sampled[slots] = at + 1
+        self.num_tokens[slots] += at + 1 < self.max_new_tokens[slots]
 
     def _grow(self, size: int) -> None:
         old = self._table.shape[1]

@@ -5,7 +5,8 @@ Shape letters: C chunks, T rows (tokens) of the step, S rows that sample, P pref
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,8 @@ import numpy.typing as npt
 from batchrun.planning.cost import Work
 
 Int32 = npt.NDArray[np.int32]
+
+_BY_CHUNK = ("sequence", "request", "depth", "num_sampled")  # the same for all parts of a chunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +38,12 @@ class PrefixReads:
     length: Int32
     position: Int32
 
+    def cut(self, first_row: npt.NDArray[np.integer[Any]], rows: Int32) -> PrefixReads:
+        """The same reads by other rows, `[P]`; those of no rows are left out."""
+        left = rows > 0
+        columns = replace(self, first_row=first_row.astype(np.int32), rows=rows)
+        return PrefixReads(*(getattr(columns, field.name)[left] for field in fields(columns)))
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -56,7 +65,8 @@ class Step:
         samples: bool `[C]`, whether the last row of the chunk is sampled.
         num_sampled: int32 `[C]`, tokens this request has sampled before this step (the counter of its random
             numbers); 0 for shared prefixes.
-        token_ids: int32 `[T]`, the input of each row.
+        token_ids: int32 `[T]`, the input of each row; where the step before was still under way when this one was made,
+            -1 - k stands for the token that it samples at place k of its `[S]`.
         prefix_reads: which rows read which shared prefix.
         releases: int32 `[*]`, slots whose pages all return to the pool, before anything else of this step.
         grant_sequence, grant_page: int32 `[G]`, pages given to sequences, after the releases, each at the end of
@@ -80,6 +90,37 @@ class Step:
     @property
     def num_rows(self) -> int:
         return self.token_ids.size
+
+    def split(self, rows: int) -> tuple[Step, Step]:
+        """The first `rows` rows and the others as two steps, to be run one after the other: a row sees nothing of rows
+        after it. Releases and grants go with the first."""
+        first = np.cumsum(self.length) - self.length
+        before = np.clip(rows - first, 0, self.length).astype(np.int32)  # rows of each chunk that go with the first
+        head, tail = before > 0, before < self.length
+        reads = self.prefix_reads
+        read_before = np.clip(rows - reads.first_row, 0, reads.rows).astype(np.int32)
+        one = replace(
+            self,
+            **{name: getattr(self, name)[head] for name in _BY_CHUNK},
+            start=self.start[head],
+            length=before[head],
+            samples=(self.samples & ~tail)[head],
+            token_ids=self.token_ids[:rows],
+            prefix_reads=reads.cut(reads.first_row, read_before),
+        )
+        two = replace(
+            self,
+            **{name: getattr(self, name)[tail] for name in _BY_CHUNK},
+            start=(self.start + before)[tail],
+            length=(self.length - before)[tail],
+            samples=self.samples[tail],
+            token_ids=self.token_ids[rows:],
+            prefix_reads=reads.cut(np.maximum(reads.first_row - rows, 0), reads.rows - read_before),
+            releases=self.releases[:0],
+            grant_sequence=self.grant_sequence[:0],
+            grant_page=self.grant_page[:0],
+        )
+        return one, two
 
     @property
     def work(self) -> Work:
@@ -112,9 +153,11 @@ class StepOutput:
             part of the answer).
         seconds: time the step took on the device.
         padded_rows: rows computed beyond those of the step.
+        parts: forward passes that it took: more than one where memory ran out.
     """
 
     token_ids: Int32
     ended: npt.NDArray[np.bool_]
     seconds: float
     padded_rows: int = 0
+    parts: int = 1

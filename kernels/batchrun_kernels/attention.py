@@ -16,7 +16,7 @@ from triton.runtime import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from batchrun_kernels import kernels
-from batchrun_kernels.tiles import Tile, choose_tile, has_tma, power_of_two
+from batchrun_kernels.tiles import Tile, choose_tile, compile_options, has_tma, power_of_two
 from batchrun_kernels.work_list import Columns, Rules, WorkList, make_work_list
 
 _LOG2E = 1.4426950408889634
@@ -43,8 +43,8 @@ class SharedPrefixAttention:
     """Attention of the layers of a model, which share their shape, over pools `[pages, Hkv, N, D]`.
 
     `plan` once a step for each window that layers have, then `run` for each layer. All of it goes to the current
-    stream. The work list and the room for partial results stay where they are until a step needs more than they hold,
-    so that a captured graph can be replayed; reserve enough with `ints` and `slots` before capturing.
+    stream. The work list and the room for partial results stay where they are until a step needs more than they hold
+    (`room`), so that a captured graph can be replayed.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class SharedPrefixAttention:
             "TMA": self._tma,
             "UPCAST": interpreted and dtype == torch.bfloat16,
         }
-        self._launch = {} if interpreted else {"num_warps": tile.warps, "enable_fp_fusion": True}
+        self._launch = {} if interpreted else compile_options(arch, tile.warps)
         self._ints = ints
         self._work: dict[int | None, torch.Tensor] = {}
         self._descriptors: dict[int, TensorDescriptor] = {}
@@ -141,19 +141,29 @@ class SharedPrefixAttention:
         Args:
             window: keys that a row of these layers sees at most, itself included; None for all.
         """
+        host = self.make(step, window=window)
         # Pinned memory from torch's cache: it is not given out again before the copy from it has been made.
         staged = torch.empty(self._ints, dtype=torch.int32, pin_memory=self._device.type == "cuda")
-        host = make_work_list(step, self.rules, window=window, buffer=staged.numpy())
-        size = host.data.size
-        if size > self._ints:
-            self._ints = power_of_two(size)
-            staged = torch.from_numpy(host.data)
+        staged.numpy()[: host.data.size] = host.data
         work = self._work.get(window)
-        if work is None or work.numel() < size:
+        if work is None or work.numel() < self._ints:
             work = self._work[window] = torch.empty(self._ints, dtype=torch.int32, device=self._device)
-        work[:size].copy_(staged[:size], non_blocking=True)
-        self._reserve_slots(host.num_slots)
+        work.copy_(staged, non_blocking=True)
         return Plan(host, work, window)
+
+    def make(self, step: Columns, *, window: int | None = None) -> WorkList:
+        """Make the work list of a step, for who brings it to the device together with other things: `Plan(host, work,
+        window)` is then what `run` takes. Makes room for its partial results."""
+        host = make_work_list(step, self.rules, window=window)
+        self._ints = max(self._ints, power_of_two(host.data.size))
+        self._reserve_slots(host.num_slots)
+        return host
+
+    @property
+    def room(self) -> tuple[int, int]:
+        """Room for a work list, in int32, and for partial results, in rows: where either grows, so does a place that a
+        captured graph knows."""
+        return self._ints, self._partial_lse.shape[0]
 
     def run(
         self,

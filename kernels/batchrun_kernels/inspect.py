@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
 from batchrun_kernels import kernels
-from batchrun_kernels.tiles import TILES, Tile, choose_tile, has_tma, power_of_two
+from batchrun_kernels.tiles import TILES, Tile, choose_tile, compile_options, has_tma, power_of_two
 
 # Of a multiprocessor: registers of 32 bits, shared memory and threads. A program takes 1 KiB more than it asks for.
 _REGISTERS, _THREADS = 65_536, 2048
@@ -86,12 +86,11 @@ def inspect(case: Case, tile: Tile | None = None) -> Inspection:
         tile: another one than would be chosen.
     """
     tile = tile or case.tile
-    warps = tile.warps if case.kernel == "shared_prefix_attention" else 4
+    options = compile_options(case.arch, tile.warps) if case.kernel == "shared_prefix_attention" else {"num_warps": 4}
+    warps = options["num_warps"]
     amd = case.arch.startswith("gfx")
     target = GPUTarget("hip", case.arch, 64) if amd else GPUTarget("cuda", int(case.arch[3:]), 32)
-    compiled = triton.compile(
-        _source(case, tile), target=target, options={"num_warps": warps, "enable_fp_fusion": True}
-    )
+    compiled = triton.compile(_source(case, tile), target=target, options=options)
     shape = f"{tile.short}x{tile.tall} {tile.warps}w {tile.stages}s" if "attention" in case.kernel else ""
     if amd:
         text = compiled.asm["amdgcn"]

@@ -44,12 +44,12 @@ def _load_tile(pool, page, kv_head, tokens, KV_HEADS: tl.constexpr, N: tl.conste
 
 
 @triton.jit
-def _attend_tile(q, peak, total, acc, keys, values, tiles, index, position, kv_head, scale, softcap, window,
+def _attend_tile(q, peak, total, acc, keys, values, page, tile, position, kv_head, scale, softcap, window,
                  KV_HEADS: tl.constexpr, N: tl.constexpr, D: tl.constexpr, W: tl.constexpr, TMA: tl.constexpr,
                  SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, UPCAST: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    """Take one KV tile into a running softmax, in powers of two: weights 2^(score - peak), their sum `total [M]`, and
-    `acc [M, W]`, the values summed with these weights."""
-    page = tl.load(tiles + index * TILE)
+    """Take one KV tile, `page`, into a running softmax, in powers of two: weights 2^(score - peak), their sum
+    `total [M]`, and `acc [M, W]`, the values summed with these weights. `tile` is its entry in the work list, read with
+    MASKED only."""
     k = _load_tile(keys, page, kv_head, N, KV_HEADS, N, D, W, TMA, False)
     if UPCAST:
         k = k.to(tl.float32)
@@ -61,9 +61,9 @@ def _attend_tile(q, peak, total, acc, keys, values, tiles, index, position, kv_h
         score = tl.where(score < 0.0, -tanh, tanh) * (softcap * LOG2E)
     tokens = N
     if MASKED:
-        tokens = tl.load(tiles + index * TILE + 2)
+        tokens = tl.load(tile + 2)
         token = tl.arange(0, N)
-        at = tl.load(tiles + index * TILE + 1) + token
+        at = tl.load(tile + 1) + token
         seen = (token < tokens)[None, :] & (at[None, :] <= position[:, None])
         if WINDOW:
             seen = seen & (at[None, :] > position[:, None] - window)
@@ -111,16 +111,26 @@ def _attend_item(query, keys, values, out, partial_out, partial_lse, sinks, item
     peak = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, W], tl.float32)
+    # The page of the tile after this one is read along with it, so that no copy of KV waits for its address. Behind
+    # the last tile of a list are the positions of its rows: what is read there is not used.
+    page = tl.load(tiles + full_begin * TILE)
     for index in tl.range(full_begin, full_end, num_stages=STAGES):
+        next_page = tl.load(tiles + (index + 1) * TILE)
         peak, total, acc = _attend_tile(
-            q, peak, total, acc, keys, values, tiles, index, position, kv_head, scale, softcap, window,
+            q, peak, total, acc, keys, values, page, tiles, position, kv_head, scale, softcap, window,
             KV_HEADS, N, D, W, TMA, SOFTCAP, WINDOW, UPCAST, False)  # fmt: skip
+        page = next_page
     # What lies before and after the full tiles.
+    index = tl.where(begin < full_begin, begin, full_end)
+    page = tl.load(tiles + index * TILE)
     for nth in tl.range(begin, end - (full_end - full_begin), num_stages=STAGES):
-        index = tl.where(nth < full_begin, nth, nth + (full_end - full_begin))
+        next_index = tl.where(nth + 1 < full_begin, nth + 1, nth + 1 + (full_end - full_begin))
+        next_page = tl.load(tiles + next_index * TILE)
         peak, total, acc = _attend_tile(
-            q, peak, total, acc, keys, values, tiles, index, position, kv_head, scale, softcap, window,
+            q, peak, total, acc, keys, values, page, tiles + index * TILE, position, kv_head, scale, softcap, window,
             KV_HEADS, N, D, W, TMA, SOFTCAP, WINDOW, UPCAST, True)  # fmt: skip
+        index = next_index
+        page = next_page
 
     some = total > 0.0
     total = tl.where(some, total, 1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,7 @@ def power_of_two(n: int) -> int:
 # By architecture: the widest head (padded to a power of two) that a choice is for, in bytes of a KV row.
 TILES: dict[str, dict[int, Tile]] = {
     "sm_80": {128: Tile(16, 64, 4, 3, 2), 256: Tile(16, 64, 8, 3, 1), 512: Tile(16, 32, 8, 2, 1)},
-    "sm_90": {128: Tile(16, 128, 8, 3, 1), 256: Tile(16, 128, 8, 3, 1), 512: Tile(16, 32, 8, 2, 1)},
+    "sm_90": {128: Tile(16, 128, 8, 3, 1), 256: Tile(16, 128, 8, 2, 1), 512: Tile(16, 32, 8, 2, 1)},
     "sm_100": {128: Tile(16, 128, 8, 3, 1), 256: Tile(16, 64, 8, 3, 1), 512: Tile(16, 32, 8, 2, 1)},
     "gfx942": {128: Tile(16, 64, 4, 2, 1), 256: Tile(16, 64, 4, 2, 1), 512: Tile(16, 32, 4, 1, 1)},
 }
@@ -55,6 +56,13 @@ def choose_tile(arch: str, row_bytes: int, group: int) -> Tile:
     tile = choices[width]
     height = power_of_two(group)
     return replace(tile, short=max(tile.short, height), tall=max(tile.tall, height))
+
+
+def compile_options(arch: str, warps: int) -> dict[str, Any]:
+    """What triton is asked for when it compiles the attention kernel for programs of `warps` warps."""
+    options = {"num_warps": warps, "enable_fp_fusion": True}
+    # All registers that a thread can have: on its own, ptxas spills some so that more programs fit.
+    return options | {"maxnreg": 255} if arch.startswith("sm_") else options
 
 
 def has_tma(arch: str) -> bool:

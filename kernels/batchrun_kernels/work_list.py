@@ -20,6 +20,7 @@ see all.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,9 @@ import numpy.typing as npt
 
 Int = npt.NDArray[np.integer[Any]]
 Int64 = npt.NDArray[np.int64]
+# Pages of sequences that follow each other, in four columns: where in the table of pages the first stands, the position
+# of its first token, how many they are (at least one), tokens in the last; all but the last are full.
+Runs = tuple[Int64, ...]
 
 HEADER = ("items", "items_at", "tiles_at", "positions_at", "merged", "merged_at", "begins_at", "slots_at")
 ITEM = ("kind", "first_row", "rows", "begin", "full_begin", "full_end", "end", "slot")
@@ -93,7 +97,8 @@ class Columns:
     Attributes:
         sequence, start, length, depth: integers `[C]`.
         first_row, rows, read_sequence, tokens, position: integers `[P]`.
-        pages: integers `[slots, *]`: own token t of a sequence lies in its page `pages[sequence, t // page_size]`.
+        pages: integers `[slots, *]`, contiguous (else all of it is copied): own token t of a sequence lies in its page
+            `pages[sequence, t // page_size]`.
     """
 
     sequence: Int
@@ -143,10 +148,10 @@ def make_work_list(
         window: keys that a row sees at most, itself included; None for all.
         buffer: int32, where to write the list; a new array where it is too small or not given.
     """
-    page_size, group = rules.page_size, rules.group
+    page_size = rules.page_size
     chunks = step.length.size
     ends = np.zeros(chunks + 1, dtype=np.int64)
-    np.cumsum(step.length, out=ends[1:])
+    step.length.cumsum(out=ends[1:])
     chunk_first, num_rows = ends[:-1], int(ends[-1])
     positions = np.arange(num_rows) + np.repeat(step.depth + step.start - chunk_first, step.length)
     if window is not None and positions.max(initial=0) < window:
@@ -156,50 +161,50 @@ def make_work_list(
     low = np.zeros(step.tokens.size, dtype=np.int64)  # tokens that no reader sees any more
     if window is not None:
         low = np.clip(_lowest(positions, step.first_row, step.rows) - window + 1 - step.position, 0, step.tokens)
-    first_chunk = np.searchsorted(chunk_first, step.first_row)
-    last_chunk = np.searchsorted(chunk_first, step.first_row + step.rows)
-    splits_chunks = (ends[first_chunk] != step.first_row) | (ends[last_chunk] != step.first_row + step.rows)
+    stop_row = step.first_row + step.rows
+    first_chunk, last_chunk = chunk_first.searchsorted(step.first_row), chunk_first.searchsorted(stop_row)
+    splits_chunks = (ends[first_chunk] != step.first_row) | (ends[last_chunk] != stop_row)
     apart = splits_chunks | rules.read_apart(step.tokens - low, step.rows, last_chunk - first_chunk)
     seen = low < step.tokens
-    own_task = np.flatnonzero(seen & apart)
-    along = np.flatnonzero(seen & ~apart)
+    [own_task] = (seen & apart).nonzero()
+    [along] = (seen & ~apart).nonzero()
 
     # Tasks: the reads kept apart, then the chunks. Each sees `base` tokens, and a chunk's row k sees k + 1 more.
     reads, tasks = own_task.size, own_task.size + chunks
-    base = np.concatenate((step.tokens[own_task], step.start)).astype(np.int64)
-    grows = np.arange(tasks) >= reads
+    base = np.concatenate((step.tokens[own_task], step.start), dtype=np.int64)
+    grows: Int64 = np.ones(tasks, dtype=np.int64)
+    grows[:reads] = 0
     task_first = np.concatenate((step.first_row[own_task], chunk_first))
-    task_rows = np.concatenate((step.rows[own_task], step.length))
-    task_position = np.concatenate((step.position[own_task], step.depth))
+    task_rows = np.concatenate((step.rows[own_task], step.length), dtype=np.int64)
+    task_position = np.concatenate((step.position[own_task], step.depth), dtype=np.int64)
+    sequence = np.concatenate((step.read_sequence[own_task], step.sequence), dtype=np.int64)
     tokens = base + grows * task_rows
-    segments = _Segments(
-        task=np.arange(tasks),
-        sequence=np.concatenate((step.read_sequence[own_task], step.sequence)),
-        position=task_position,
-        tokens=tokens,
-        first=np.zeros(tasks, dtype=np.int64),
-        count=-(-tokens // page_size),
-    )
+    count = -(-tokens // page_size)
+    runs: Runs = (sequence * step.pages.shape[1], task_position, count, tokens - (count - 1) * page_size)
     # Tiles of a task's list before its own: partly filled ones, then full ones.
-    lead_partial = lead_full = np.zeros(tasks, dtype=np.int64)
+    lead = lead_partial = np.zeros(tasks, dtype=np.int64)
+    list_size = count
     if along.size:
-        extra, partial = _read_along(step, along, first_chunk, last_chunk, reads, low, page_size)
-        lead_partial = np.bincount(extra.task, extra.count * partial, tasks).astype(np.int64)
-        lead_full = np.bincount(extra.task, extra.count * ~partial, tasks).astype(np.int64)
-        segments = segments.after(extra, partial)
-    lead = lead_partial + lead_full
-    list_size = lead + -(-tokens // page_size)
-    list_begin = np.cumsum(list_size) - list_size
+        chunk, partial, others = _read_along(step, along, first_chunk, last_chunk, low, page_size)
+        task = reads + chunk
+        lead = np.bincount(task, others[2], tasks).astype(np.int64)
+        lead_partial = np.bincount(task[partial], minlength=tasks)
+        list_size = lead + count
+        order = _stable_argsort(np.concatenate((3 * task + ~partial, np.arange(2, 3 * tasks, 3))), 3 * tasks)
+        runs = tuple(np.concatenate(parts)[order] for parts in zip(others, runs, strict=True))
+    list_begin = list_size.cumsum() - list_size
 
     # Row tiles: rows of a task, and what of its list they see, in tiles from where the list begins.
-    kind = np.where(rules.deterministic | (task_rows * group > rules.short), TALL, SHORT)
-    height = np.where(kind == TALL, rules.tall // group, rules.short // group)
+    heights = np.array((rules.short // rules.group, rules.tall // rules.group))
+    kind = np.where(rules.deterministic | (task_rows > heights[SHORT]), TALL, SHORT)
+    height = heights[kind]
     task, nth = _expand(-(-task_rows // height))
-    offset = nth * height[task]
-    rows = np.minimum(height[task], task_rows[task] - offset)
+    height, grows = height[task], grows[task]
+    offset = nth * height
+    rows = np.minimum(height, task_rows[task] - offset)
     first_row = task_first[task] + offset
-    sees_first = base[task] + grows[task] * (offset + 1)
-    sees_last = base[task] + grows[task] * (offset + rows)
+    sees_first = base[task] + grows * (offset + 1)
+    sees_last = sees_first + grows * (rows - 1)
     begin = np.zeros(offset.size, dtype=np.int64)
     end = lead[task] + -(-sees_last // page_size)
     if window is None:
@@ -213,103 +218,93 @@ def make_work_list(
     # Pieces of equal length, or cut at fixed places; what no row of a tile sees has none.
     span = end - begin
     size = _split_size(span, rules)
-    which: Int64 | slice = slice(None)
-    piece_begin, piece_end = begin, end
     if span.size and (span.min() < 1 or (end if rules.deterministic else span).max() > size):
         if rules.deterministic:
             first_piece = begin // size
             which, nth = _expand(np.where(span > 0, -(-end // size) - first_piece, 0))
             cut = (first_piece[which] + nth) * size
-            piece_begin, piece_end = np.maximum(begin[which], cut), np.minimum(end[which], cut + size)
+            begin, end = np.maximum(begin[which], cut), np.minimum(end[which], cut + size)
         else:
             pieces = -(-span // size)
             which, nth = _expand(pieces)
             span, pieces, cut = span[which], pieces[which], begin[which]
-            piece_begin = cut + span * nth // pieces
-            piece_end = cut + span * (nth + 1) // pieces
-    first_row, rows = first_row[which], rows[which]
+            begin, end = cut + span * nth // pieces, cut + span * (nth + 1) // pieces
+        task = np.arange(tasks)[task][which]
+        first_row, rows = first_row[which], rows[which]
+        full_begin = np.minimum(np.maximum(full_begin[which], begin), end)
+        full_end = np.minimum(np.maximum(full_end[which], begin), end)
+        span = end - begin
     slot, num_slots, merged, begins, slots = _partial_results(first_row, rows, num_rows)
 
     # Write it all down.
     num_items, num_tiles = rows.size, int(list_size.sum())
     sizes = (len(HEADER), num_items * len(ITEM), num_tiles * len(TILE), num_rows, merged.size, begins.size, slots.size)
-    at = np.cumsum((0, *sizes))
+    at = list(accumulate(sizes))
     if buffer is None or buffer.size < at[-1]:
         buffer = np.empty(at[-1], dtype=np.int32)
     data = buffer[: at[-1]]
-    data[: len(HEADER)] = (num_items, at[1], at[2], at[3], merged.size, at[4], at[5], at[6])
-    from_list = list_begin[task][which]
+    data[: at[0]] = (num_items, at[0], at[1], at[2], merged.size, at[3], at[4], at[5])
+    from_list = list_begin[task]
     columns = (
-        kind[task][which],
+        kind[task],
         first_row,
         rows,
-        from_list + piece_begin,
-        from_list + np.clip(full_begin[which], piece_begin, piece_end),
-        from_list + np.clip(full_end[which], piece_begin, piece_end),
-        from_list + piece_end,
+        from_list + begin,
+        from_list + full_begin,
+        from_list + full_end,
+        from_list + end,
         slot,
     )
-    span = piece_end - piece_begin
+    items = np.empty((num_items, len(ITEM)), dtype=np.int32)
+    for column, values in enumerate(columns):
+        items[:, column] = values
     most = int(span.max(initial=0))
     largest_first = _stable_argsort(most - span, most)
-    items = data[at[1] : at[2]].reshape(-1, len(ITEM))
-    for column, values in enumerate(columns):
-        items[:, column] = values[largest_first]
-    segment, nth = _expand(segments.count)
-    nth += segments.first[segment]
-    tiles = data[at[2] : at[3]].reshape(-1, len(TILE))
-    tiles[:, 0] = step.pages[segments.sequence[segment], nth]
-    nth *= page_size
-    tiles[:, 1] = segments.position[segment] + nth
-    tiles[:, 2] = np.minimum(segments.tokens[segment] - nth, page_size)
-    for part, values in enumerate((positions, merged, begins, slots), start=3):
+    # Without a mode, take would copy what it writes to.
+    items.take(largest_first, axis=0, out=data[at[0] : at[1]].reshape(items.shape), mode="clip")
+    _write_tiles(data[at[1] : at[2]].reshape(num_tiles, len(TILE)), step.pages, runs, page_size)
+    for part, values in enumerate((positions, merged, begins, slots), start=2):
         data[at[part] : at[part + 1]] = values
     return WorkList(data, num_rows, num_items, merged.size, num_slots)
 
 
-@dataclass(frozen=True, slots=True)
-class _Segments:
-    """Pages `[first, first + count)` of sequences, of which the first `tokens` tokens are read."""
-
-    task: Int
-    sequence: Int
-    position: Int
-    tokens: Int
-    first: Int
-    count: Int
-
-    def after(self, others: _Segments, partial: npt.NDArray[np.bool_]) -> _Segments:
-        """Those of other segments that are partial, the other ones, and then these, task by task."""
-        order = np.concatenate((3 * others.task + ~partial, 3 * self.task + 2)).argsort(kind="stable")
-        return _Segments(
-            *(
-                np.concatenate((getattr(others, name), getattr(self, name)))[order]
-                for name in ("task", "sequence", "position", "tokens", "first", "count")
-            )
-        )
-
-
 def _read_along(
-    step: Columns, along: Int, first_chunk: Int, last_chunk: Int, reads: int, low: Int, page_size: int
-) -> tuple[_Segments, npt.NDArray[np.bool_]]:
-    """The segments of reads that are left to each of their chunks: for each its full pages and, where there is one,
-    the last that is not full; and which segments are the latter."""
+    step: Columns, along: Int, first_chunk: Int, last_chunk: Int, low: Int, page_size: int
+) -> tuple[Int64, npt.NDArray[np.bool_], Runs]:
+    """The reads that are left to each of their chunks: for each its last page where that is not full, and its full
+    pages.
+
+    Returns:
+        chunk of each run; whether it is a page that is not full; the runs.
+    """
     pair, nth = _expand(last_chunk[along] - first_chunk[along])
     read = along[pair]
-    task = reads + first_chunk[read] + nth
-    full, pages = step.tokens[read] // page_size, -(-step.tokens[read] // page_size)
-    first = low[read] // page_size
-    twice = np.tile(np.arange(read.size), 2)
-    partial = np.repeat((False, True), read.size)
-    segments = _Segments(
-        task=task[twice],
-        sequence=step.read_sequence[read][twice],
-        position=step.position[read][twice],
-        tokens=step.tokens[read][twice],
-        first=np.concatenate((first, full)),
-        count=np.concatenate((full - first, pages - full)),
+    chunk = first_chunk[read] + nth
+    tokens, position = step.tokens[read].astype(np.int64), step.position[read]
+    begin, end = low[read] // page_size, tokens // page_size  # of the full pages
+    last = tokens - end * page_size
+    place = step.read_sequence[read].astype(np.int64) * step.pages.shape[1]
+    some = np.concatenate((last > 0, end > begin))
+    partial = np.arange(some.size) < read.size
+    runs = (
+        np.concatenate((place + end, place + begin)),
+        np.concatenate((position + end * page_size, position + begin * page_size)),
+        np.concatenate((np.ones_like(end), end - begin)),
+        np.concatenate((last, np.full_like(last, page_size))),
     )
-    return segments, partial
+    return np.concatenate((chunk, chunk))[some], partial[some], tuple(column[some] for column in runs)
+
+
+def _write_tiles(tiles: npt.NDArray[np.int32], pages: Int, runs: Runs, page_size: int) -> None:
+    """Write down the pages of runs, one after another."""
+    place, position, count, last = runs
+    stop = count.cumsum()
+    begin = stop - count
+    nth = np.arange(len(tiles))
+    tiles[:, 0] = pages.ravel().take(nth + np.repeat(place - begin, count))
+    tiles[:, 1] = nth * page_size + np.repeat(position - begin * page_size, count)
+    tiles[:, 2] = page_size
+    tiles[stop - 1, 2] = last
 
 
 def _split_size(span: Int64, rules: Rules) -> int:
@@ -346,15 +341,15 @@ def _partial_results(first_row: Int, rows: Int, num_rows: int) -> tuple[Int64, i
     # The partial results of a row stay in the order of the items.
     slots = _stable_argsort(row, num_rows)
     count = np.bincount(row, minlength=num_rows)
-    merged = np.flatnonzero(count)
+    [merged] = count.nonzero()
     begins = np.zeros(merged.size + 1, dtype=np.int64)
-    np.cumsum(count[merged], out=begins[1:])
+    count[merged].cumsum(out=begins[1:])
     return slot, num_slots, merged, begins, slots
 
 
 def _stable_argsort(values: Int64, bound: int) -> Int64:
     """What sorts values of 0 to `bound`; numpy has a radix sort for 16 bits."""
-    return np.argsort(values.astype(np.uint16) if bound < 1 << 16 else values, kind="stable")
+    return (values.astype(np.uint16) if bound < 1 << 16 else values).argsort(kind="stable")
 
 
 def _expand(count: Int) -> tuple[Int64 | slice, Int64]:

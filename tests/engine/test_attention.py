@@ -18,6 +18,7 @@ from oracles import DEAR_ROWS, make_requests
 from batchrun.engine import batch as batch_module
 from batchrun.engine.attention import batchrun_attention
 from batchrun.engine.batch import AttentionWork, Batch
+from batchrun.engine.device import Device
 from batchrun.engine.kv_cache import KVCache, PageTables
 from batchrun.errors import ModelRefused
 from batchrun.planning.memory import MemoryBudget
@@ -76,6 +77,11 @@ class Follower:
                 seen.append(torch.tensor([place for at, place in keys if at > low]))
                 row += 1
         return seen
+
+
+def bound(batch: Batch) -> Batch:
+    batch.bind(Device().upload(batch.arrays), None)
+    return batch
 
 
 def steps_of(
@@ -171,7 +177,7 @@ def check(
         for page in follower.apply(step):
             for pool in pools:
                 pool[page * page_size : (page + 1) * page_size] = float("nan")
-        batch = Batch(step, tables, heads_q // heads_kv, dtype)
+        batch = bound(Batch(step, tables, heads_q // heads_kv, dtype))
         for layer, window in enumerate(windows):
             work = batch.work(window)
             kinds |= kinds_of(work, step)
@@ -348,5 +354,12 @@ def test_what_is_not_computed_is_refused(asked: dict[str, object]) -> None:
     rows = torch.zeros(1, 2, 3, 8)
     with pytest.raises(ModelRefused):
         batchrun_attention(
-            Layer(0), rows, rows, rows, None, batch=Batch(step, tables, 1, torch.float32), kv_cache=cache, **asked
+            Layer(0),
+            rows,
+            rows,
+            rows,
+            None,
+            batch=bound(Batch(step, tables, 1, torch.float32)),
+            kv_cache=cache,
+            **asked,
         )

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from oracles import make_requests
 
 from batchrun.engine import sampler as sampler_module
-from batchrun.engine.sampler import Sampler, uniform
+from batchrun.engine.sampler import Sampler as EngineSampler
+from batchrun.engine.sampler import uniform
 from batchrun.request import Requests, SamplingParams
 
 EOS = frozenset({2, 5})
@@ -30,6 +31,18 @@ def requests_of(sampling: list[SamplingParams], seeds: npt.ArrayLike | None = No
     seed = requests.seed if seeds is None else np.asarray(seeds, dtype=np.uint64)
     ids = np.array([distinct.index(each) for each in sampling], dtype=np.int32)
     return replace(requests, sampling=distinct, sampling_id=ids, seed=seed)
+
+
+class Sampler(EngineSampler):
+    """What the worker does with a sampler, in one call."""
+
+    def __call__(
+        self, logits: torch.Tensor, requests: npt.NDArray[np.int32], num_sampled: npt.NDArray[np.int32]
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
+        sampling = self.prepare(requests, num_sampled, logits.shape[-1])
+        arrays = {name: torch.from_numpy(array) for name, array in sampling.arrays.items()}
+        found = self.sample(logits, sampling, arrays).numpy().astype(np.int32)
+        return found, self.ended(requests, found)
 
 
 def rows(count: int) -> npt.NDArray[np.int32]:
@@ -73,7 +86,7 @@ def exact(setting: SamplingParams, logits: torch.Tensor = LOGITS) -> npt.NDArray
 def test_draws_follow_the_exact_distribution(setting: SamplingParams) -> None:
     requests = requests_of([setting] * DRAWS)
     sampler = Sampler(requests, EOS)
-    drawn, _ = sampler.sample(LOGITS.repeat(DRAWS, 1), rows(DRAWS), np.zeros(DRAWS, dtype=np.int32))
+    drawn, _ = sampler(LOGITS.repeat(DRAWS, 1), rows(DRAWS), np.zeros(DRAWS, dtype=np.int32))
     expected = exact(setting) * DRAWS
     counts = np.bincount(drawn, minlength=VOCABULARY)
     assert (counts[expected == 0] == 0).all()
@@ -99,9 +112,7 @@ def test_a_draw_is_where_the_random_number_falls(setting: SamplingParams, logits
     """Whatever the settings and the logits: each random number gives the token at its place of the distribution."""
     row = torch.tensor(logits) / 1000
     counts = rows(64)
-    found, _ = Sampler(requests_of([setting] * 64, seeds=[3] * 64), frozenset()).sample(
-        row.repeat(64, 1), counts, counts
-    )
+    found, _ = Sampler(requests_of([setting] * 64, seeds=[3] * 64), frozenset())(row.repeat(64, 1), counts, counts)
     cumulative = exact(setting, row).cumsum()
     points = uniform(np.full(64, 3, dtype=np.uint64), counts)
     # What is cut off may hang on a rounding error; then the whole distribution is another.
@@ -123,13 +134,13 @@ def test_tokens_that_tie_with_the_last_one_kept_are_kept() -> None:
         (SamplingParams(top_k=3), {1, 2, 3, 4}),
         (SamplingParams(top_p=0.2), {1, 3}),
     ):
-        found, _ = Sampler(requests_of([setting] * 200), EOS).sample(logits.repeat(200, 1), rows(200), rows(200))
+        found, _ = Sampler(requests_of([setting] * 200), EOS)(logits.repeat(200, 1), rows(200), rows(200))
         assert set(found.tolist()) == kept
 
 
 def test_no_generator_of_the_process_is_used_and_greedy_uses_none(monkeypatch: pytest.MonkeyPatch) -> None:
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
-    Sampler(requests_of([SamplingParams()] * 3), EOS).sample(LOGITS.repeat(3, 1), rows(3), rows(3))
+    Sampler(requests_of([SamplingParams()] * 3), EOS)(LOGITS.repeat(3, 1), rows(3), rows(3))
     assert torch.equal(torch.get_rng_state(), torch_state)
     assert (np.random.get_state()[1] == numpy_state).all()
 
@@ -138,15 +149,15 @@ def test_no_generator_of_the_process_is_used_and_greedy_uses_none(monkeypatch: p
 
     monkeypatch.setattr(sampler_module, "uniform", none)
     greedy = requests_of([SamplingParams(temperature=0.0)] * 3)
-    Sampler(greedy, EOS).sample(LOGITS.repeat(3, 1), rows(3), rows(3))
+    Sampler(greedy, EOS)(LOGITS.repeat(3, 1), rows(3), rows(3))
     with pytest.raises(AssertionError, match="asked for"):
-        Sampler(requests_of([SamplingParams()] * 3), EOS).sample(LOGITS.repeat(3, 1), rows(3), rows(3))
+        Sampler(requests_of([SamplingParams()] * 3), EOS)(LOGITS.repeat(3, 1), rows(3), rows(3))
 
 
 def test_greedy_is_the_largest_logit() -> None:
     requests = requests_of([SamplingParams(temperature=0.0)] * 3)
     logits = torch.randn(3, VOCABULARY, generator=torch.Generator().manual_seed(0))
-    found, _ = Sampler(requests, EOS).sample(logits.clone(), rows(3), rows(3))
+    found, _ = Sampler(requests, EOS)(logits.clone(), rows(3), rows(3))
     assert found.tolist() == logits.argmax(dim=-1).tolist()
     assert found.dtype == np.int32
 
@@ -154,7 +165,7 @@ def test_greedy_is_the_largest_logit() -> None:
 @pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-42, 1e-60])
 def test_a_temperature_near_zero_is_nearly_greedy(temperature: float) -> None:
     requests = requests_of([SamplingParams(temperature=temperature)] * 100)
-    found, _ = Sampler(requests, EOS).sample(100 * LOGITS.repeat(100, 1), rows(100), rows(100))
+    found, _ = Sampler(requests, EOS)(100 * LOGITS.repeat(100, 1), rows(100), rows(100))
     assert set(found.tolist()) == {int(LOGITS.argmax())}
 
 
@@ -171,13 +182,13 @@ def test_a_row_is_sampled_the_same_in_any_batch_and_order() -> None:
     sampler = Sampler(requests, EOS)
     logits = torch.randn(count, VOCABULARY, generator=torch.Generator().manual_seed(0)) * 2
     done = (rows(count) * 3 % 5).astype(np.int32)
-    together = sampler.sample(logits.clone(), rows(count), done)
+    together = sampler(logits.clone(), rows(count), done)
     order = np.random.default_rng(0).permutation(count).astype(np.int32)
-    shuffled = sampler.sample(logits[torch.from_numpy(order).long()].clone(), order, done[order])
+    shuffled = sampler(logits[torch.from_numpy(order).long()].clone(), order, done[order])
     for whole, other in zip(together, shuffled, strict=True):
         assert whole[order].tolist() == other.tolist()
     for row in range(count):
-        alone = sampler.sample(logits[row : row + 1].clone(), rows(count)[row : row + 1], done[row : row + 1])
+        alone = sampler(logits[row : row + 1].clone(), rows(count)[row : row + 1], done[row : row + 1])
         assert [part[row] for part in together] == [part[0] for part in alone]
 
 
@@ -186,7 +197,7 @@ def test_seed_and_count_decide_and_differ() -> None:
     zeros = np.zeros(400, dtype=np.int32)
 
     def draw(seeds: npt.ArrayLike, counts: npt.NDArray[np.int32]) -> list[int]:
-        return Sampler(requests_of(setting, seeds), EOS).sample(LOGITS.repeat(400, 1), rows(400), counts)[0].tolist()
+        return Sampler(requests_of(setting, seeds), EOS)(LOGITS.repeat(400, 1), rows(400), counts)[0].tolist()
 
     by_seed, by_count = draw(np.arange(400), zeros), draw([11] * 400, rows(400))
     assert by_seed == draw(np.arange(400), zeros)
@@ -241,7 +252,7 @@ def test_uniform_is_uniform_over_seeds_and_counts() -> None:
 )
 def test_which_tokens_end_an_answer(setting: SamplingParams, ends: set[int]) -> None:
     sampler = Sampler(requests_of([setting] * VOCABULARY), EOS)
-    found, ended = sampler.sample(torch.eye(VOCABULARY), rows(VOCABULARY), rows(VOCABULARY))
+    found, ended = sampler(torch.eye(VOCABULARY), rows(VOCABULARY), rows(VOCABULARY))
     assert found.tolist() == list(range(VOCABULARY))
     assert {token for token in range(VOCABULARY) if ended[token]} == ends
 
@@ -255,7 +266,7 @@ def test_no_end_before_min_tokens(temperature: float) -> None:
     logits = torch.zeros(6, VOCABULARY)
     logits[:, [2, 5, 7]] = 50.0
     logits[:, -1] = 25.0
-    found, ended = sampler.sample(logits, rows(6), np.array([0, 1, 2, 3, 4, 0], dtype=np.int32))
+    found, ended = sampler(logits, rows(6), np.array([0, 1, 2, 3, 4, 0], dtype=np.int32))
     assert found[:3].tolist() == [VOCABULARY - 1] * 3
     assert not ended[:3].any()
     assert ended[3:5].all()
@@ -266,17 +277,17 @@ def test_min_tokens_do_not_hold_back_what_does_not_end_the_answer() -> None:
     held = SamplingParams(temperature=0.0, min_tokens=3, ignore_eos=True, stop_token_ids=(7,))
     logits = torch.zeros(1, VOCABULARY)
     logits[:, [2, 7]] = torch.tensor([40.0, 50.0])
-    found, ended = Sampler(requests_of([held]), EOS).sample(logits, rows(1), rows(1))
+    found, ended = Sampler(requests_of([held]), EOS)(logits, rows(1), rows(1))
     assert (found.tolist(), ended.tolist()) == ([2], [False])
 
 
 def test_a_step_without_sampled_rows() -> None:
     none = rows(0)
-    found, ended = Sampler(requests_of([SamplingParams()]), EOS).sample(torch.empty(0, VOCABULARY), none, none)
+    found, ended = Sampler(requests_of([SamplingParams()]), EOS)(torch.empty(0, VOCABULARY), none, none)
     assert found.size == ended.size == 0
 
 
 def test_half_precision_logits() -> None:
     requests = requests_of([SamplingParams(temperature=0.0), SamplingParams(top_k=1)])
-    found, _ = Sampler(requests, EOS).sample(LOGITS.repeat(2, 1).bfloat16(), rows(2), rows(2))
+    found, _ = Sampler(requests, EOS)(LOGITS.repeat(2, 1).bfloat16(), rows(2), rows(2))
     assert found.tolist() == [3, 3]

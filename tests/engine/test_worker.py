@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -15,21 +16,24 @@ from factories import ARCHITECTURES
 from oracles import DEAR_ROWS, make_requests
 from transformers import AutoModelForCausalLM
 
+from batchrun.engine.batch import StepTensors
+from batchrun.engine.kv_cache import KVCache
 from batchrun.engine.linear import PackedLinear, can_pack
 from batchrun.engine.model import load_model
 from batchrun.engine.torch_worker import TorchWorker
-from batchrun.errors import ModelRefused
+from batchrun.errors import BatchrunError, ModelRefused
 from batchrun.execution.loop import run_loop
 from batchrun.planning.memory import MemoryBudget
 from batchrun.planning.planner import PlanOptions, make_plan
 from batchrun.prefix.forest import build_forest
-from batchrun.request import Requests
-from batchrun.schedule.scheduler import Scheduler
-from batchrun.schedule.step import Step
+from batchrun.request import Requests, SamplingParams
+from batchrun.schedule.scheduler import Counters, Scheduler
+from batchrun.schedule.step import Step, StepOutput
 
 ModelFactory = Callable[..., Path]
 NEW_TOKENS = 10
 EOS = 1
+MOST_ROWS = 12
 
 
 def make_prompts() -> list[list[int]]:
@@ -71,6 +75,85 @@ class ScatteredWorker(TorchWorker):
 
     def submit(self, step: Step) -> None:
         super().submit(replace(step, grant_page=self._number[step.grant_page]))
+
+
+class FullWorker(TorchWorker):
+    """Has memory for passes of a few rows."""
+
+    def _logits(self, batch: StepTensors, kv_cache: KVCache) -> torch.Tensor:
+        if batch.num_rows > MOST_ROWS:
+            raise torch.OutOfMemoryError("out of memory")
+        return super()._logits(batch, kv_cache)
+
+
+def run_worker(
+    model: Path,
+    requests: Requests,
+    worker_type: type[TorchWorker] = TorchWorker,
+    *,
+    pages: int = 70,
+    step_tokens: int = 19,
+    depth: int = 1,
+    eos_token_ids: frozenset[int] = frozenset({EOS}),
+) -> tuple[dict[int, list[int]], Counters, list[StepOutput]]:
+    loaded = load_model(model, json.loads((model / "config.json").read_text()), "float32", "cpu")
+    budget = MemoryBudget(page_size=4, pages=pages, page_bytes=1, weight_bytes=0)
+    options = PlanOptions(schedule_order="dfs", grouping="tree", step_tokens=step_tokens)
+    plan = make_plan(requests, build_forest(requests.tokens), DEAR_ROWS, budget, options)
+    worker = worker_type(loaded, requests, eos_token_ids=eos_token_ids, page_size=4, num_pages=pages)
+    answers: dict[int, list[int]] = {}
+    outputs: list[StepOutput] = []
+    scheduler = Scheduler(plan, requests, depth=depth)
+    run_loop(
+        scheduler,
+        worker,
+        on_finished=lambda finished: answers.update({finished.request: finished.token_ids.tolist()}),
+        on_step=lambda step, output: outputs.append(output),
+    )
+    worker.close()
+    return answers, scheduler.counters, outputs
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_two_steps_in_flight_give_the_same_answers(model_dir: ModelFactory, temperature: float) -> None:
+    """Inputs are taken from what the step before has sampled, without the host; what ends answers is known late."""
+    model = model_dir("llama")
+    requests = make_requests(PROMPTS, [NEW_TOKENS] * len(PROMPTS))
+    sampling = SamplingParams(temperature=temperature)
+    requests = replace(requests, sampling=[sampling], sampling_id=np.zeros(len(PROMPTS), dtype=np.int32))
+    whole, _, _ = run_worker(model, requests, eos_token_ids=frozenset())
+    # Tokens in the middle of some answers end them.
+    ends = frozenset(whole[request][4] for request in (0, 2, 5))
+    expected, counters, _ = run_worker(model, requests, eos_token_ids=ends)
+    assert counters.idle_rows == 0
+    assert any(len(answer) < NEW_TOKENS for answer in expected.values())
+    found, counters, _ = run_worker(model, requests, eos_token_ids=ends, depth=2)
+    assert found == expected
+    assert 0 < counters.idle_rows <= len(PROMPTS)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_steps_that_memory_is_too_small_for_are_run_in_parts_and_then_made_smaller(
+    model_dir: ModelFactory, depth: int
+) -> None:
+    model = model_dir("llama")
+    requests = make_requests(PROMPTS, [NEW_TOKENS] * len(PROMPTS))
+    expected, counters, _ = run_worker(model, requests, step_tokens=64)
+    assert counters.memory_retries == 0
+    found, counters, outputs = run_worker(model, requests, FullWorker, step_tokens=64, depth=depth)
+    assert found == expected
+    in_parts = [step for step, output in enumerate(outputs) if output.parts > 1]
+    assert len(in_parts) == counters.memory_retries > 0
+    assert outputs[0].parts >= 64 // MOST_ROWS
+    assert len(in_parts) < len(outputs) // 2
+
+
+def test_a_run_that_has_no_memory_for_a_row_says_so(model_dir: ModelFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "MOST_ROWS", 0)
+    requests = make_requests(PROMPTS, [NEW_TOKENS] * len(PROMPTS))
+    with pytest.raises(BatchrunError, match="no memory for a single row") as caught:
+        run_worker(model_dir("llama"), requests, FullWorker)
+    assert "--kv-memory" in (caught.value.hint or "")
 
 
 def answers_of(

@@ -1,0 +1,170 @@
+"""Where tensors live: copies to it and back, its clock, its memory. All that says `torch.cuda` is here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+Arrays = Mapping[str, npt.NDArray[Any]]
+Tensors = dict[str, torch.Tensor]
+
+_ALIGNMENT = 16  # bytes; what any load of a kernel wants
+_FIRST_BUFFER = 1 << 20  # bytes
+
+
+class Device:
+    """The processor: there is nothing to copy and nothing to wait for.
+
+    Attributes:
+        name: as torch names it.
+        depth: steps in flight at a time: 2 where the device computes beside the host.
+    """
+
+    name = "cpu"
+    depth = 1
+
+    def upload(self, arrays: Arrays) -> Tensors:
+        """The arrays of a step as tensors, in one copy. They are overwritten by the next upload, in the order of what
+        was submitted to the device."""
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    def download(self, tensor: torch.Tensor) -> Callable[[], npt.NDArray[Any]]:
+        """Begin to copy a tensor to the host; the function returned waits for it."""
+        return tensor.numpy
+
+    def start_clock(self) -> Callable[[], Callable[[], float]]:
+        """Note the time on the device; calling what is returned notes it again, and calling what that returns waits
+        and gives the seconds between the two."""
+        began = perf_counter()
+
+        def stop() -> Callable[[], float]:
+            seconds = perf_counter() - began
+            return lambda: seconds
+
+        return stop
+
+    def is_full(self, error: BaseException) -> bool:
+        """Whether an error says that there was not enough memory."""
+        # The allocator of the CPU raises no type of its own.
+        return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+            isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+        )
+
+    def give_back(self) -> None:
+        """Return memory that torch keeps for later."""
+
+    def kv_memory(self, share: float, largest_step: Callable[[], None]) -> int | None:
+        """Bytes that are left for KV beside the largest step, or None: as it was planned.
+
+        Args:
+            share: of the device's memory that may be used in all.
+            largest_step: runs one.
+        """
+        return None
+
+    def graphed(self, key: Hashable, call: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """The result of a call that, whenever it has the same key, launches the same kernels over what lies in the same
+        places; it is good until the next such call."""
+        return call()
+
+
+class CudaDevice(Device):
+    """An NVIDIA GPU, or an AMD one: torch calls both cuda."""
+
+    name = "cuda"
+    depth = 2
+
+    def __init__(self, *, graphs: bool = True) -> None:
+        self._buffer = torch.empty(_FIRST_BUFFER, dtype=torch.uint8, device=self.name)
+        self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, torch.Tensor] | None] = {}
+        self._use_graphs = graphs
+        self._pool = torch.cuda.graph_pool_handle() if graphs else None
+
+    def upload(self, arrays: Arrays) -> Tensors:
+        begins, size = [], 0
+        for array in arrays.values():
+            begins.append(size)
+            size += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
+        if size > self._buffer.numel():
+            self._buffer = torch.empty(2 * size, dtype=torch.uint8, device=self.name)
+            self._graphs.clear()  # they read the buffer that is gone
+        # Pinned memory from torch's cache: it is not given out again before the copy from it has been made.
+        staged = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        host = staged.numpy()
+        for begin, array in zip(begins, arrays.values(), strict=True):
+            host[begin : begin + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        self._buffer[:size].copy_(staged, non_blocking=True)
+        return {
+            name: self._buffer[begin : begin + array.nbytes].view(_TORCH_DTYPE[array.dtype.name]).view(array.shape)
+            for begin, (name, array) in zip(begins, arrays.items(), strict=True)
+        }
+
+    def download(self, tensor: torch.Tensor) -> Callable[[], npt.NDArray[Any]]:
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        host.copy_(tensor, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+
+        def wait() -> npt.NDArray[Any]:
+            done.synchronize()
+            return host.numpy()
+
+        return wait
+
+    def start_clock(self) -> Callable[[], Callable[[], float]]:
+        began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        began.record()
+
+        def seconds() -> float:
+            ended.synchronize()
+            return began.elapsed_time(ended) / 1000
+
+        def stop() -> Callable[[], float]:
+            ended.record()
+            return seconds
+
+        return stop
+
+    def give_back(self) -> None:
+        self._graphs.clear()
+        torch.cuda.empty_cache()
+
+    def kv_memory(self, share: float, largest_step: Callable[[], None]) -> int | None:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        largest_step()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - before
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info()
+        return max(int(free - (1 - share) * total - peak), 0)
+
+    def graphed(self, key: Hashable, call: Callable[[], torch.Tensor]) -> torch.Tensor:
+        if not self._use_graphs:
+            return call()
+        if key not in self._graphs:  # the first time kernels are compiled and loaded, which cannot be captured
+            self._graphs[key] = None
+            return call()
+        captured = self._graphs[key]
+        if captured is None:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                result = call()
+            captured = self._graphs[key] = (graph, result)
+        graph, result = captured
+        graph.replay()
+        return result
+
+
+_TORCH_DTYPE = {"int32": torch.int32, "int64": torch.int64, "float32": torch.float32, "float64": torch.float64}
+
+
+def make_device(name: str, *, graphs: bool = True) -> Device:
+    """The device of a name that `devices.resolve_device` gives."""
+    return CudaDevice(graphs=graphs) if name == "cuda" else Device()
