@@ -33,7 +33,7 @@ Model = Annotated[
     str | None, typer.Option("--model", "-m", help="Model directory, short name (demo, llama, qwen, ...) or hub id.")
 ]
 Config = Annotated[Path | None, typer.Option("--config", help="TOML file of settings; flags win over it.")]
-Device = Annotated[str | None, typer.Option("--device", help="auto or cpu; this version runs on no GPU.")]
+Device = Annotated[str | None, typer.Option("--device", help="auto, cpu or cuda; auto is a GPU where there is one.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the run.")]
 MaxTokens = Annotated[int | None, typer.Option("--max-tokens", help="Token limit of lines that have none.")]
@@ -57,6 +57,11 @@ Grouping = Annotated[
 DeviceSpec = Annotated[
     str | None,
     typer.Option("--device-spec", help="Device to plan for, by name (cpu, a100, h100, h200); that of the run else."),
+]
+EnforceEager = Annotated[bool, typer.Option("--enforce-eager", help="On a GPU, capture no CUDA graphs.")]
+Deterministic = Annotated[
+    bool,
+    typer.Option("--deterministic", help="On a GPU, attention gives a row the same bits in any batch."),
 ]
 Strict = Annotated[bool, typer.Option("--strict", help="Refuse the whole job if any line of it is bad.")]
 Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a model on the hub.")]
@@ -104,6 +109,8 @@ def run(
     schedule_order: ScheduleOrder = None,
     grouping: Grouping = None,
     device_spec: DeviceSpec = None,
+    enforce_eager: EnforceEager = False,
+    deterministic: Deterministic = False,
     strict: Strict = False,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start again; an earlier run is moved aside, not overwritten.")
@@ -132,6 +139,7 @@ def run(
                 kv_memory=kv_memory, limit=limit, results_order=results_order, schedule_order=schedule_order,
                 strict=strict, fresh=fresh, revision=revision, chat_template=_path(chat_template),
                 ignore_generation_config=ignore_generation_config, device_spec=device_spec,
+                enforce_eager=enforce_eager, deterministic=deterministic,
                 scheduler=_given(grouping=grouping) or None,
             ),
         )  # fmt: skip

@@ -160,7 +160,7 @@ class RunConfig(_Section):
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto",
-        description="Where the model runs; auto is the CPU, and cuda is refused: this version runs on no GPU.",
+        description="Where the model runs; auto is a GPU where there is one and torch was built for it, else the CPU.",
     )
     device_spec: str | None = Field(
         default=None,
@@ -169,8 +169,18 @@ class RunConfig(_Section):
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",
-        description="Number type of weights and KV; auto is bfloat16 where the checkpoint is a half type and the "
-        "processor computes in bfloat16, else float32.",
+        description="Number type of weights and KV; auto is the checkpoint's on a GPU, and on a CPU bfloat16 where the "
+        "checkpoint is a half type and the processor computes in bfloat16, else float32.",
+    )
+    enforce_eager: bool = Field(
+        default=False,
+        description="On a GPU, launch every kernel of every step; else steps of decodes are captured once as CUDA "
+        "graphs and replayed.",
+    )
+    deterministic: bool = Field(
+        default=False,
+        description="On a GPU, attention gives a row the same bits whatever else is in its step; matrix products and "
+        "norms, whose kernels torch chooses by the number of rows, may still differ.",
     )
     seed: int = Field(
         default=0, ge=0, lt=2**64, description="Seed of the run; a line without a seed gets one derived from it."

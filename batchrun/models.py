@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from batchrun.config import configs_dir, nearest, parse_size
+from batchrun.devices import device_file
 from batchrun.errors import ModelNotFound, ModelRefused, UsageError
 from batchrun.specs import DeviceSpec, ModelSpec
 
@@ -98,12 +99,14 @@ def read_model_spec(model_dir: Path) -> tuple[ModelSpec, dict[str, Any], dict[st
 
 
 def load_device_spec(name: str) -> DeviceSpec:
-    """The shipped description of a device; where it names no memory, that of this machine is measured.
+    """The shipped description of a device by name; `cuda` is the GPU that is here. Where it names no memory, that of
+    this machine is measured.
 
     Raises:
         UsageError: there is no such device.
     """
     known = _shipped("devices")
+    name = device_file(name, known)
     if name not in known:
         meant = nearest(name, known)
         raise UsageError(

@@ -13,12 +13,13 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from batchrun.config import RunConfig, load_config, nearest
+from batchrun.devices import DEPTH
 from batchrun.errors import BatchrunError, ExitCode, NothingRunnable, OutputError, UsageError
 from batchrun.execution.collect import LineCollector
 from batchrun.execution.loop import run_loop
@@ -41,6 +42,7 @@ from batchrun.formats.rundir import (
     sort_results,
     write_text_atomic,
 )
+from batchrun.models import load_device_spec
 from batchrun.prefix.doctor import Diagnosis, diagnose
 from batchrun.prefix.explain import Explanation, SharedRuns, Timetable, explain, shared_runs
 from batchrun.prepare import (
@@ -69,6 +71,10 @@ from batchrun.request import FinishReason, JobLine, LineFault
 from batchrun.schedule.scheduler import Finished, Scheduler
 from batchrun.schedule.step import Step, StepOutput
 from batchrun.subject import Fingerprint, Subject, fingerprint_of
+
+if TYPE_CHECKING:  # a plan loads no torch
+    from batchrun.engine.device import Device
+    from batchrun.engine.model import LoadedModel
 
 log = logging.getLogger(__name__)
 
@@ -293,6 +299,10 @@ def run_job(job: str, config: RunConfig, observer: Observer | None = None) -> Ou
         if config.strict:  # all or none: what only the tokenizer can refuse is found before anything is written
             faults = prepare(subject, _sound_lines(source, config.limit), config).faults
             _refuse_unrunnable(faults, lint.total, config)
+        if subject.device != "cpu":
+            from batchrun.engine.device import make_device
+
+            make_device(subject.device)  # a GPU that is not there is told before anything is written
         fingerprint = fingerprint_of(subject, lint.fingerprint, config)
         run_dir = stack.enter_context(RunDir.open(out, fingerprint, fresh=config.fresh))
         if run_dir.state is RunState.FINISHED:
@@ -333,6 +343,7 @@ class _Run:
         self.finish_reasons: Counter[str] = Counter()
         self.error_codes: Counter[str] = Counter()
         self.total = lint.total
+        self._loaded: tuple[LoadedModel, Device] | None = None
 
     def execute(self) -> Outcome:
         recovered = self.run_dir.recover()
@@ -378,9 +389,12 @@ class _Run:
         self._refuse(sink, [fault for fault in self.lint.faults if fault.number not in done])
         self.observer.faults(self.lint.faults, self.total)
 
+        config = self.config
+        if self.subject.device != "cpu" and config.kv_memory is None:
+            config = config.model_copy(update={"kv_memory": self._measured_kv_memory()})
         self.observer.stage("read")
         lines = _sound_lines(self.source, self.config.limit)
-        prepared = prepare(self.subject, (line for line in lines if line.number not in done), self.config)
+        prepared = prepare(self.subject, (line for line in lines if line.number not in done), config)
         self.seconds |= prepared.seconds
         self._refuse(sink, prepared.faults)
         if prepared.faults:
@@ -404,7 +418,7 @@ class _Run:
 
         began = time.perf_counter()
         prepared, orders = choose_order(prepared)
-        scheduler = Scheduler(prepared.plan, prepared.requests)
+        scheduler = Scheduler(prepared.plan, prepared.requests, depth=DEPTH[self.subject.device])
         steps, padded, stopped = StepLog(), 0, False
         if len(prepared.requests):
             simulated = simulate(prepared)
@@ -425,21 +439,19 @@ class _Run:
 
     def _run_model(self, prepared: Prepared, scheduler: Scheduler, sink: ResultSink) -> tuple[StepLog, int, bool]:
         """Load the model and run the plan; answers go to `sink` as they come."""
-        self.observer.stage("load model")
-        began = time.perf_counter()
-        from batchrun.engine.model import load_model
         from batchrun.engine.torch_worker import TorchWorker
 
         requests, plan = prepared.requests, prepared.plan
-        model = load_model(self.subject.model.path, self.subject.config, self.subject.dtype, self.subject.device)
+        model, device = self._engine()
         worker = TorchWorker(
             model,
             requests,
             eos_token_ids=prepared.tokenizer.eos_token_ids(self.subject.generation_config),
             page_size=plan.budget.page_size,
             num_pages=plan.budget.pages,
+            device=device,
+            deterministic=self.config.deterministic,
         )
-        self.seconds["load"] = time.perf_counter() - began
 
         texts = TextStops(prepared.tokenizer, requests)
         lines = LineCollector(requests, plan.groups, self.subject.name, sink)
@@ -478,6 +490,34 @@ class _Run:
             )
         self.seconds["execute"] = time.perf_counter() - began
         return end.log, end.padded_rows, end.stopped
+
+    def _engine(self) -> tuple[LoadedModel, Device]:
+        """The model, loaded when it is first asked for, and where it is."""
+        if self._loaded is None:
+            self.observer.stage("load model")
+            began = time.perf_counter()
+            from batchrun.engine.device import make_device
+            from batchrun.engine.model import load_model
+
+            subject = self.subject
+            device = make_device(subject.device, graphs=not self.config.enforce_eager)
+            model = load_model(subject.model.path, subject.config, subject.dtype, subject.device)
+            self._loaded = model, device
+            self.seconds["load"] = time.perf_counter() - began
+        return self._loaded
+
+    def _measured_kv_memory(self) -> int | None:
+        """Bytes for KV: what the weights and the largest step leave of the device."""
+        from batchrun.engine.torch_worker import kv_memory
+
+        spec = load_device_spec(self.config.device_spec or self.subject.device)
+        scheduler = self.config.scheduler
+        return kv_memory(
+            *self._engine(),
+            share=spec.kv_share,
+            rows=scheduler.step_tokens or spec.step_tokens,
+            page_size=scheduler.page_size or spec.page_size,
+        )
 
     def _refuse(self, sink: ResultSink, faults: list[LineFault]) -> None:
         for fault in faults:
@@ -523,6 +563,7 @@ class _Run:
             idle_rows=counters.idle_rows,
             padded_rows=padded_rows,
             preemptions=counters.preemptions,
+            memory_retries=counters.memory_retries,
             prefix_evictions=counters.prefix_evictions,
             finish_reasons=dict(self.finish_reasons),
             errors=dict(self.error_codes),

@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 
 from batchrun.config import RunConfig
-from batchrun.devices import resolve_device, resolve_dtype
+from batchrun.devices import check_device, resolve_device, resolve_dtype
 from batchrun.errors import UsageError
 from batchrun.models import ModelDir, load_device_spec, read_model_spec, resolve_model
 from batchrun.specs import ModelSpec
@@ -41,6 +41,8 @@ class Subject:
         spec, model_config, generation_config = read_model_spec(model.path)
         check_supported(model_config)
         device = resolve_device(config.device)
+        if weights:
+            check_device(device)
         if config.device_spec is not None:
             kind = load_device_spec(config.device_spec).kind
             if weights and kind != device:

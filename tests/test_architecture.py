@@ -40,7 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "engine": {"errors", "request", "tokens", "specs", "supported", "schedule.step", "planning.memory"},
     "config": {"errors", "specs", "request", "planning.order", "prefix.groups"},
-    "models": {"config", "errors", "specs"},
+    "models": {"config", "devices", "errors", "specs"},
     "subject": {"config", "devices", "errors", "models", "specs", "supported"},
     "intake": {"config", "request", "specs", "tokenizer", "tokens"},
     "prepare": {
@@ -60,9 +60,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "pipeline": {
         "config",
+        "devices",
         "errors",
         "execution",
         "formats",
+        "models",
         "prefix",
         "prepare",
         "report",
@@ -79,6 +81,7 @@ LATER: dict[str, set[str]] = {
     "pipeline": {"engine"},
 }
 FOR_TYPES: dict[str, set[str]] = {
+    "pipeline": {"engine"},
     "": {"pipeline"},
     "report": {"formats.plan", "pipeline", "prefix"},
 }

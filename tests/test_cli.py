@@ -402,7 +402,7 @@ def test_a_plan_is_written_as_a_page(command, here):
     [
         (["run", "jobs.jsonl", "--dtype", "int8"], ["--dtype", "'int8'", "bfloat16"]),
         (["run", "jobs.jsonl", "--device", "tpu"], ["--device", "'tpu'"]),
-        (["run", "jobs.jsonl", "--device", "cuda"], ["CPU only"]),
+        (["run", "jobs.jsonl", "--device", "cuda"], ["built for the CPU only", "--device cpu"]),
         (["run", "jobs.jsonl", "--kv-memory", "plenty"], ["--kv-memory", "4GiB"]),
         (["run", "jobs.jsonl", "--limit", "0"], ["--limit"]),
         (["run", "jobs.jsonl", "--results-order", "random"], ["--results-order", "completion", "input"]),

@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from batchrun.errors import UsageError
+
 Arrays = Mapping[str, npt.NDArray[Any]]
 Tensors = dict[str, torch.Tensor]
 
@@ -22,11 +24,9 @@ class Device:
 
     Attributes:
         name: as torch names it.
-        depth: steps in flight at a time: 2 where the device computes beside the host.
     """
 
     name = "cpu"
-    depth = 1
 
     def upload(self, arrays: Arrays) -> Tensors:
         """The arrays of a step as tensors, in one copy. They are overwritten by the next upload, in the order of what
@@ -77,9 +77,9 @@ class CudaDevice(Device):
     """An NVIDIA GPU, or an AMD one: torch calls both cuda."""
 
     name = "cuda"
-    depth = 2
 
     def __init__(self, *, graphs: bool = True) -> None:
+        self._pinned = self.name == "cuda"
         self._buffer = torch.empty(_FIRST_BUFFER, dtype=torch.uint8, device=self.name)
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, torch.Tensor] | None] = {}
         self._use_graphs = graphs
@@ -94,7 +94,7 @@ class CudaDevice(Device):
             self._buffer = torch.empty(2 * size, dtype=torch.uint8, device=self.name)
             self._graphs.clear()  # they read the buffer that is gone
         # Pinned memory from torch's cache: it is not given out again before the copy from it has been made.
-        staged = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        staged = torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned)
         host = staged.numpy()
         for begin, array in zip(begins, arrays.values(), strict=True):
             host[begin : begin + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
@@ -166,5 +166,19 @@ _TORCH_DTYPE = {"int32": torch.int32, "int64": torch.int64, "float32": torch.flo
 
 
 def make_device(name: str, *, graphs: bool = True) -> Device:
-    """The device of a name that `devices.resolve_device` gives."""
-    return CudaDevice(graphs=graphs) if name == "cuda" else Device()
+    """The device of a name that `devices.resolve_device` gives.
+
+    Args:
+        graphs: whether steps of decodes are captured once and replayed.
+
+    Raises:
+        UsageError: torch sees no such device.
+    """
+    if name == "cpu":
+        return Device()
+    if not torch.cuda.is_available():
+        raise UsageError(
+            f"torch {torch.__version__} sees no GPU.",
+            hint="Give --device cpu; or look at nvidia-smi, and at whether this torch was built for CUDA.",
+        )
+    return CudaDevice(graphs=graphs)

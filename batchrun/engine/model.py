@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -86,6 +87,7 @@ def load_model(
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **({"device_map": device} if device != "cpu" and find_spec("accelerate") else {}),  # no copy on the host
         )
     except (OSError, RuntimeError, ValueError) as error:
         raise ModelRefused(f"The weights in {path} cannot be loaded: {error}") from error

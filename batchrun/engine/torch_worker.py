@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,9 @@ from batchrun.engine.kv_cache import KVCache, PageTables
 from batchrun.engine.model import LoadedModel
 from batchrun.engine.sampler import Sampler
 from batchrun.errors import BatchrunError
-from batchrun.request import Requests
-from batchrun.schedule.step import Step, StepOutput
+from batchrun.request import Requests, SamplingParams
+from batchrun.schedule.step import PrefixReads, Step, StepOutput
+from batchrun.tokens import TokenTable
 
 # Steps of decodes alone are padded to one of these, so that a graph captured for so many rows can be replayed; in steps
 # of more rows the device has enough to do while the host launches.
@@ -54,6 +55,7 @@ class TorchWorker:
         page_size: tokens of a KV page.
         num_pages: pages of the pool.
         device: where the model is.
+        deterministic: whether attention on a GPU gives a row the same bits whatever else is in its step.
     """
 
     def __init__(
@@ -65,8 +67,10 @@ class TorchWorker:
         page_size: int,
         num_pages: int,
         device: Device | None = None,
+        deterministic: bool = False,
     ) -> None:
         self._model = model
+        self._deterministic = deterministic
         self._device = device or make_device(model.device)
         self._sampler = Sampler(requests, eos_token_ids, model.device)
         self._tables = PageTables(page_size)
@@ -157,6 +161,7 @@ class TorchWorker:
             page_size=page_size,
             dtype=model.dtype,
             device=model.device,
+            deterministic=self._deterministic,
         )
         windows: list[int | None] = []
         return lambda step: TritonBatch(step, self._tables, attention, windows, _padded_rows(step))
@@ -167,3 +172,52 @@ def _padded_rows(step: Step) -> int | None:
     if not (step.samples & (step.length == 1)).all():
         return None
     return next((rows for rows in _GRAPH_ROWS if rows >= step.num_rows), None)
+
+
+def kv_memory(model: LoadedModel, device: Device, *, share: float, rows: int, page_size: int) -> int | None:
+    """Bytes of the device that are left for KV beside the weights and a pass of many rows; None where that is not
+    measured.
+
+    Args:
+        share: of the device's memory that may be used in all.
+        rows: of the largest step; all of them sample, by the settings that take most memory.
+    """
+
+    def largest_step() -> None:
+        slots = np.arange(rows, dtype=np.int32)
+        nothing, zeros, ones = slots[:0], np.zeros(rows, dtype=np.int32), np.ones(rows, dtype=np.int32)
+        requests = Requests(
+            tokens=TokenTable(ids=zeros, offsets=np.arange(rows + 1, dtype=np.int64)),
+            line=slots,
+            sampling_id=zeros,
+            sampling=[SamplingParams(temperature=1.0, top_p=0.9, min_p=0.1)],
+            max_new_tokens=ones,
+            seed=zeros.astype(np.uint64),
+            expected_tokens=ones,
+            line_numbers=slots,
+            custom_ids=[],
+            endpoints=[],
+        )
+        step = Step(
+            index=0,
+            sequence=slots,
+            request=slots,
+            start=zeros,
+            length=ones,
+            depth=zeros,
+            samples=np.ones(rows, dtype=bool),
+            num_sampled=zeros,
+            token_ids=zeros,
+            prefix_reads=PrefixReads(*(nothing for _ in fields(PrefixReads))),
+            releases=nothing,
+            grant_sequence=slots,
+            grant_page=slots,
+        )
+        worker = TorchWorker(
+            model, requests, eos_token_ids=frozenset(), page_size=page_size, num_pages=rows, device=device
+        )
+        worker.submit(step)
+        worker.collect()
+        worker.close()
+
+    return device.kv_memory(share, largest_step)

@@ -117,6 +117,7 @@ def _details(report: Report) -> str:
         ("idle rows", f"{report.idle_rows:,}"),
         ("padded rows", f"{report.padded_rows:,}"),
         ("preemptions", f"{report.preemptions:,}"),
+        ("steps cut for memory", f"{report.memory_retries:,}"),
         ("prefix evictions", f"{report.prefix_evictions:,}"),
     ]
     environment = [

@@ -241,6 +241,7 @@ class Report:
         idle_rows: places of a step that a finished answer held without work.
         padded_rows: rows computed beyond those of the steps.
         preemptions: sequences put back to be computed again later.
+        memory_retries: steps that were computed in parts, because the device had not enough memory for them.
         prefix_evictions: shared prefixes whose KV was dropped while a reader was still to come.
         finish_reasons: number of answers by reason (`stop`, `length`).
         errors: number of failed lines by code.
@@ -261,6 +262,7 @@ class Report:
     idle_rows: int
     padded_rows: int
     preemptions: int
+    memory_retries: int
     prefix_evictions: int
     finish_reasons: dict[str, int]
     errors: dict[str, int]

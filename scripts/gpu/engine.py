@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import batchrun.engine.triton_attention  # noqa: F401  registers itself
+from batchrun.devices import DEPTH
 from batchrun.engine.device import make_device
 from batchrun.engine.model import LoadedModel
 from batchrun.engine.torch_worker import TorchWorker
@@ -87,7 +88,7 @@ def run_engine(
         num_pages=plan.budget.pages,
         device=device,
     )
-    scheduler = Scheduler(plan, requests, depth=device.depth)
+    scheduler = Scheduler(plan, requests, depth=DEPTH[device.name])
     answers: dict[int, list[int]] = {}
     works: list[Work] = []
 

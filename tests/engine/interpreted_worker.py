@@ -41,7 +41,7 @@ def answers(
 ) -> tuple[list[list[int]], set[str]]:
     """The greedy tokens of all prompts, and which kinds of steps there were."""
     prompts = make_prompts()
-    requests = make_requests(prompts, [NEW_TOKENS + i % 3 for i in range(len(prompts))])
+    requests = make_requests(prompts, [NEW_TOKENS + 6 * (i < 3) for i in range(len(prompts))])
     loaded = load_model(model, json.loads((model / "config.json").read_text()), "float32", "cpu", attention=attention)
     budget = MemoryBudget(page_size=16, pages=pages, page_bytes=1, weight_bytes=0)
     options = PlanOptions(schedule_order="dfs", grouping="tree", step_tokens=step_tokens)

@@ -17,10 +17,11 @@ from oracles import DEAR_ROWS, make_requests
 from transformers import AutoModelForCausalLM
 
 from batchrun.engine.batch import StepTensors
+from batchrun.engine.device import Device
 from batchrun.engine.kv_cache import KVCache
 from batchrun.engine.linear import PackedLinear, can_pack
 from batchrun.engine.model import load_model
-from batchrun.engine.torch_worker import TorchWorker
+from batchrun.engine.torch_worker import TorchWorker, kv_memory
 from batchrun.errors import BatchrunError, ModelRefused
 from batchrun.execution.loop import run_loop
 from batchrun.planning.memory import MemoryBudget
@@ -227,3 +228,30 @@ def test_packed_linear_is_the_linear(bias: bool, shape: tuple[int, ...]) -> None
     x = torch.randn(*shape, 24)
     with torch.inference_mode():
         torch.testing.assert_close(PackedLinear(linear)(x), linear(x))
+
+
+class MeasuringDevice(Device):
+    """Runs the largest step, and says what a GPU would: what is left."""
+
+    def kv_memory(self, share: float, largest_step: Callable[[], None]) -> int:
+        largest_step()
+        return int(share * 1000)
+
+
+def test_memory_for_kv_is_measured_beside_the_largest_step(model_dir: ModelFactory) -> None:
+    model = model_dir("llama")
+    loaded = load_model(model, json.loads((model / "config.json").read_text()), "float32", "cpu")
+    rows: list[int] = []
+
+    class Watched:
+        def __getattr__(self, name: str) -> object:
+            return getattr(loaded, name)
+
+        def logits(self, batch: StepTensors, kv_cache: KVCache) -> torch.Tensor:
+            logits = loaded.logits(batch, kv_cache)
+            rows.append(len(logits))
+            return logits
+
+    assert kv_memory(Watched(), MeasuringDevice(), share=0.9, rows=100, page_size=16) == 900  # type: ignore[arg-type]
+    assert rows == [100]
+    assert kv_memory(loaded, Device(), share=0.9, rows=100, page_size=16) is None

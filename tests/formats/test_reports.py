@@ -43,6 +43,7 @@ def a_report() -> Report:
         idle_rows=0,
         padded_rows=0,
         preemptions=0,
+        memory_retries=0,
         prefix_evictions=0,
         finish_reasons={"stop": 7, "length": 1},
         errors={"empty_prompt": 1},

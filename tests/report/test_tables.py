@@ -48,6 +48,7 @@ def a_report(**changes) -> Report:
         idle_rows=5,
         padded_rows=12,
         preemptions=3,
+        memory_retries=2,
         prefix_evictions=1,
         finish_reasons={"stop": 470, "length": 8},
         errors={"empty_prompt": 1, "context_length_exceeded": 1},
