@@ -4,6 +4,7 @@ what a line that does not say gets."""
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -31,6 +32,12 @@ def configs_dir() -> Path:
     package = Path(__file__).resolve().parent
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"
+
+
+def user_configs_dir() -> Path:
+    """The directory of this user's own configuration, which need not be there; a device file in its `devices` takes the
+    place of a shipped one of the same name."""
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "batchrun"
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

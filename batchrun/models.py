@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from batchrun.config import configs_dir, nearest, parse_size
+from batchrun.config import configs_dir, nearest, parse_size, user_configs_dir
 from batchrun.devices import device_file
 from batchrun.errors import ModelNotFound, ModelRefused, UsageError
 from batchrun.specs import DeviceSpec, ModelSpec
@@ -99,13 +99,13 @@ def read_model_spec(model_dir: Path) -> tuple[ModelSpec, dict[str, Any], dict[st
 
 
 def load_device_spec(name: str) -> DeviceSpec:
-    """The shipped description of a device by name; `cuda` is the GPU that is here. Where it names no memory, that of
-    this machine is measured.
+    """The description of a device by name, this user's or the shipped one; `cuda` is the GPU that is here. Where it
+    names no memory, that of this machine is measured.
 
     Raises:
         UsageError: there is no such device.
     """
-    known = _shipped("devices")
+    known = _shipped("devices") | _toml_files(user_configs_dir() / "devices")
     name = device_file(name, known)
     if name not in known:
         meant = nearest(name, known)
@@ -131,8 +131,11 @@ def load_device_spec(name: str) -> DeviceSpec:
 
 def _shipped(kind: str) -> dict[str, Path]:
     """The shipped TOML files of configs/<kind> by name."""
-    files = {path.stem: path for path in (configs_dir() / kind).glob("*.toml")}
-    return dict(sorted(files.items()))
+    return _toml_files(configs_dir() / kind)
+
+
+def _toml_files(folder: Path) -> dict[str, Path]:
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
 def _local(

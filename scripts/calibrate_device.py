@@ -1,4 +1,5 @@
-"""Measure steps on this device and write what planning wants to know of it: `configs/devices/<name>.toml`.
+"""Measure steps on this device and write what planning wants to know of it to `~/.config/batchrun/devices/<name>.toml`,
+where plans and runs find it.
 
 Random models of a few shapes run jobs through the real scheduler, loop and worker; the jobs are made such that each of
 `specs.COST_UNITS` weighs much in some steps and little in others. The seconds of a unit are a least squares fit with no
@@ -31,7 +32,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from make_job import KV_TOKENS, Ids, micro, workload
 
-from batchrun.config import configs_dir, load_config
+from batchrun.config import configs_dir, load_config, user_configs_dir
 from batchrun.engine.linear import pack_linears
 from batchrun.engine.model import load_model
 from batchrun.engine.torch_worker import TorchWorker
@@ -480,7 +481,7 @@ def calibrate(name: str, dtypes: list[str], effort: Effort, folder: Path, tell: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--name", default="cpu", help="of the device, for --device-spec (default: cpu)")
-    parser.add_argument("--out", type=Path, default=configs_dir() / "devices", help="folder of the file")
+    parser.add_argument("--out", type=Path, default=user_configs_dir() / "devices", help="folder of the file")
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
     parser.add_argument("--quick", action="store_true", help="a minute in place of ten: a rough fit, to try it out")
     args = parser.parse_args()

@@ -315,3 +315,17 @@ def test_the_cpu_is_measured():
     assert 0 < spec.memory_bytes <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with pytest.raises(UsageError, match="no device 'cpuu'; did you mean 'cpu'"):
         load_device_spec("cpuu")
+
+
+def test_a_device_file_of_the_user_takes_the_place_of_a_shipped_one(tmp_path, monkeypatch):
+    shipped = load_device_spec("cpu")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    assert load_device_spec("cpu").step_tokens == shipped.step_tokens
+    text = (configs_dir() / "devices" / "cpu.toml").read_text()
+    folder = tmp_path / "batchrun" / "devices"
+    folder.mkdir(parents=True)
+    (folder / "cpu.toml").write_text(text.replace(f"step_tokens = {shipped.step_tokens}", "step_tokens = 77"))
+    (folder / "mine.toml").write_text(text)
+    assert load_device_spec("cpu").step_tokens == 77
+    assert load_device_spec("mine").name == "mine"
+    assert load_device_spec("h200").name == "h200"
