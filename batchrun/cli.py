@@ -118,6 +118,19 @@ def run(
     revision: Revision = None,
     chat_template: ChatTemplate = None,
     ignore_generation_config: IgnoreGenerationConfig = False,
+    until: Annotated[
+        str | None, typer.Option("--until", metavar="TIME", help="Stop at this time, such as 06:00; resumable.")
+    ] = None,
+    timeout: Annotated[
+        str | None, typer.Option("--timeout", metavar="DURATION", help="Stop after this time, such as 8h; resumable.")
+    ] = None,
+    max_errors: Annotated[
+        str | None, typer.Option("--max-errors", metavar="N|x%", help="Stop when more lines have failed; resumable.")
+    ] = None,
+    request_timeout: Annotated[
+        str | None,
+        typer.Option("--request-timeout", metavar="DURATION", help="A request that takes longer fails."),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
     json: Json = False,
 ) -> None:
@@ -140,6 +153,9 @@ def run(
                 strict=strict, fresh=fresh, revision=revision, chat_template=_path(chat_template),
                 ignore_generation_config=ignore_generation_config, device_spec=device_spec,
                 enforce_eager=enforce_eager, deterministic=deterministic,
+                limits=_given(
+                    until=until, timeout=timeout, max_errors=max_errors, request_timeout=request_timeout
+                ) or None,
                 scheduler=_given(grouping=grouping) or None,
             ),
         )  # fmt: skip
@@ -225,6 +241,64 @@ def plan(
         for warning in planned.warnings:
             _console(stderr=True).print(printable(f"{warning.code} ({warning.count:,}): {warning.message}"))
         sys.exit(planned.exit_code)
+
+
+@app.command()
+def check(
+    job: Job,
+    model: Model = None,
+    config: Config = None,
+    max_tokens: MaxTokens = None,
+    limit: Limit = None,
+    revision: Revision = None,
+    chat_template: ChatTemplate = None,
+    json: Json = False,
+) -> None:
+    """Look a job over without running it: every bad line, and what is odd about others.
+
+    With --model (or a --config file that has one) prompts are tokenised too, and those that are too long for it are
+    found; it needs no weights. Exits with 0 if all lines can run, 3 if some cannot, 4 if none can.
+    """
+    with _failures(json):
+        from batchrun.check import check_job
+        from batchrun.config import load_config
+        from batchrun.formats.results import encode_json
+        from batchrun.formats.rundir import document
+        from batchrun.report.tables import print_check
+
+        # Without any of these nothing but the lines is looked at, and no model is needed.
+        of_model = _given(model=model, max_tokens=max_tokens, revision=revision, chat_template=_path(chat_template))
+        settings = load_config(config, limit=limit, **of_model) if of_model or config is not None else None
+        checked = check_job(job, settings, limit=settings.limit if settings is not None else limit)
+        if json:
+            _write(encode_json(document(checked), indent=True))
+        else:
+            print_check(_console(), checked)
+        sys.exit(checked.exit_code)
+
+
+@app.command()
+def status(
+    run_dir: Annotated[Path, typer.Argument(help="Run directory: that of -o, or jobs.run beside jobs.jsonl.")],
+    json: Json = False,
+) -> None:
+    """Tell how far a run is, while it runs or after; it may be asked from any terminal, and changes nothing.
+
+    Exits with 0 while it runs, 75 if it was stopped, killed or crashed and can be gone on with, and with the run's own
+    exit code once it is finished.
+    """
+    with _failures(json):
+        from batchrun.formats.results import encode_json
+        from batchrun.formats.rundir import document
+        from batchrun.report.tables import print_status
+        from batchrun.status import read_status
+
+        progress = read_status(run_dir)
+        if json:
+            _write(encode_json(document(progress), indent=True))
+        else:
+            print_status(_console(), progress)
+        sys.exit(progress.command_exit_code)
 
 
 class _Terminal:

@@ -7,7 +7,9 @@ import difflib
 import os
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from datetime import datetime, time, timedelta
 from fractions import Fraction
 from functools import cache
 from operator import attrgetter
@@ -24,6 +26,9 @@ from batchrun.request import Endpoint, LineOptions, SamplingParams
 COMPLETIONS_MAX_TOKENS = 16  # the API's own default for /v1/completions
 
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?b|b|)\s*", re.IGNORECASE)
+_NUMBER = re.compile(r"\d+(?:\.\d+)?")
+_DURATION = re.compile(r"\s*".join(rf"(?:(\d+(?:\.\d+)?)\s*{unit})?" for unit in "dhms"))
+_SHARE = re.compile(r"(\d+(?:\.\d+)?)\s*(%?)")
 _MASK64 = (1 << 64) - 1
 
 
@@ -50,7 +55,7 @@ def parse_size(value: str | int) -> int:
     """Bytes of a size such as `4GiB`, `1.5 GB`, `500MB` or a plain number of bytes.
 
     Raises:
-        ValueError: it is no size, or less than a byte.
+        ValueError: it is no size, less than a byte, or 2**63 bytes and more.
     """
     match = _SIZE.fullmatch(str(value)) if isinstance(value, str | int) else None
     if match is None:
@@ -58,9 +63,57 @@ def parse_size(value: str | int) -> int:
     number, unit = Fraction(match[1]), match[2].lower()
     if unit not in ("", "b"):
         number *= (1024 if "i" in unit else 1000) ** ("kmgt".index(unit[0]) + 1)
-    if number < 1:
-        raise ValueError(f"{value!r} is no size: it must be at least one byte")
+    if not 1 <= number < 2**63:
+        raise ValueError(f"{value!r} is no size: it must be at least one byte, and less than 8EiB")
     return int(number)
+
+
+def parse_duration(value: str | float) -> float:
+    """Seconds of a duration such as `8h`, `1h30m`, `90 s` or a plain number of seconds.
+
+    Raises:
+        ValueError: it is none, or not above zero.
+    """
+    text = str(value).strip().lower()
+    match = _DURATION.fullmatch(text)
+    seconds = float(text) if _NUMBER.fullmatch(text) else 0.0
+    if match is not None:
+        seconds = sum(float(part or 0) * unit for part, unit in zip(match.groups(), (86400, 3600, 60, 1), strict=True))
+    if not 0 < seconds < 1e9:
+        raise ValueError(f"{value!r} is no duration: write 8h, 90m, 1h30m or a number of seconds")
+    return seconds
+
+
+def parse_until(value: str, now: datetime | None = None) -> float:
+    """Seconds of Unix time at which it is `06:00` next, or of a date and time in ISO 8601; local time unless it says
+    otherwise.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    now = now or datetime.now()
+    with suppress(ValueError, OverflowError):
+        return datetime.fromisoformat(value).timestamp() if len(value) > 8 else _next(time.fromisoformat(value), now)
+    raise ValueError(f"{value!r} is no time: write 06:00, or 2026-11-21T06:00")
+
+
+def _next(at: time, now: datetime) -> float:
+    if at.tzinfo is not None:
+        now = now.astimezone(at.tzinfo)
+    moment = datetime.combine(now.date(), at)
+    return (moment if moment > now else moment + timedelta(days=1)).timestamp()
+
+
+def parse_share(value: str | int, total: int = 0) -> int:
+    """How many a number or a share of `total`, such as `5%`, is.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    match = _SHARE.fullmatch(str(value).strip())
+    if match is None or (match[2] and float(match[1]) > 100) or not (match[2] or match[1].isdigit()):
+        raise ValueError(f"{value!r} is no number of lines: write 10 or 5%")
+    return int(total * Fraction(match[1]) / 100) if match[2] else int(match[1])
 
 
 def _one_or_many(value: Any) -> Any:
@@ -80,8 +133,28 @@ def _known_grouping(name: str) -> str:
     return name
 
 
+def _no_nul(path: Path) -> Path:
+    if "\0" in str(path):
+        raise ValueError("no path has a NUL character")
+    return path
+
+
+# Counts become columns of int32.
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+NaturalNumber = Annotated[int, Field(ge=0, lt=2**31)]
 Size = Annotated[int, BeforeValidator(parse_size)]
-AnyPath = Annotated[Path, Field(strict=False)]  # strict mode would refuse the strings that TOML has
+# Strict mode would refuse the strings that TOML has.
+AnyPath = Annotated[Path, Field(strict=False), AfterValidator(_no_nul)]
+
+
+def _checked(parse: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A validator that keeps what a person wrote, if it can be read."""
+
+    def check(value: Any) -> Any:
+        parse(value)
+        return value
+
+    return check
 
 
 class _Section(BaseModel):
@@ -95,7 +168,7 @@ class SamplingConfig(_Section):
     top_p: float | None = Field(
         default=None, gt=0, le=1, description="Sample from the smallest set of tokens with this total probability."
     )
-    top_k: int | None = Field(default=None, ge=0, description="Sample from the k likeliest tokens; 0 is off.")
+    top_k: NaturalNumber | None = Field(default=None, description="Sample from the k likeliest tokens; 0 is off.")
     min_p: float | None = Field(
         default=None,
         ge=0,
@@ -105,11 +178,33 @@ class SamplingConfig(_Section):
     stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_one_or_many)] | None = Field(
         default=None, description="Strings that end an answer; they are not part of its text."
     )
-    stop_token_ids: Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_one_or_many)] | None = Field(
+    stop_token_ids: Annotated[tuple[NaturalNumber, ...], BeforeValidator(_one_or_many)] | None = Field(
         default=None, description="Token ids that end an answer; they are not part of its text."
     )
     ignore_eos: bool | None = Field(default=None, description="Go on past end-of-text tokens, up to the token limit.")
-    min_tokens: int | None = Field(default=None, ge=0, description="Tokens of an answer before it may end by itself.")
+    min_tokens: NaturalNumber | None = Field(
+        default=None, description="Tokens of an answer before it may end by itself."
+    )
+
+
+class LimitsConfig(_Section):
+    """What ends a run early, or a request; a run that is ended is gone on with by the same command."""
+
+    until: Annotated[str, AfterValidator(_checked(parse_until))] | None = Field(
+        default=None,
+        description="Time at which a run stops: 06:00 is the next time it is six, 2026-11-21T06:00 is that day.",
+    )
+    timeout: Annotated[str | int | float, AfterValidator(_checked(parse_duration))] | None = Field(
+        default=None, description="Time after which a run stops: 8h, 90m, 1h30m or a number of seconds."
+    )
+    max_errors: Annotated[str | int, AfterValidator(_checked(parse_share))] | None = Field(
+        default=None, description="Failed lines after which a run stops: more than 10, or more than 5% of the lines."
+    )
+    request_timeout: Annotated[str | int | float, AfterValidator(_checked(parse_duration))] | None = Field(
+        default=None,
+        description="Time that a request may take from its first step; one that takes longer fails with "
+        "`request_timeout`.",
+    )
 
 
 class SchedulerConfig(_Section):
@@ -119,19 +214,16 @@ class SchedulerConfig(_Section):
         default="auto",
         description="Which shared prefixes are computed once, by name; it never changes results.",
     )
-    step_tokens: int | None = Field(
+    step_tokens: Count | None = Field(
         default=None,
-        ge=1,
         description="Rows of a step at which prefill stops being added; the device's figure if unset.",
     )
-    page_size: int | None = Field(
+    page_size: Count | None = Field(
         default=None,
-        ge=1,
         description="Tokens of a KV page, the unit of KV allocation; the device's figure if unset.",
     )
-    expected_tokens: int | None = Field(
+    expected_tokens: Count | None = Field(
         default=None,
-        ge=1,
         description="Length to plan with for answers whose length is not known; estimated if unset.",
     )
     probe: float = Field(
@@ -151,9 +243,7 @@ class OutputConfig(_Section):
         ge=0,
         description="Results are flushed to disk at least this often, in seconds; a crash loses no more.",
     )
-    flush_results: int = Field(
-        default=64, ge=1, description="Results are flushed to disk after this many at the latest."
-    )
+    flush_results: Count = Field(default=64, description="Results are flushed to disk after this many at the latest.")
     steps_log: bool = Field(default=True, description="Write steps.jsonl, one line a step.")
 
 
@@ -184,6 +274,15 @@ class RunConfig(_Section):
         description="On a GPU, launch every kernel of every step; else steps of decodes are captured once as CUDA "
         "graphs and replayed.",
     )
+    in_process: bool = Field(
+        default=False,
+        description="Run the model in the process of the command: a crash of it then ends the run. For debugging.",
+    )
+    step_timeout: float = Field(
+        default=600.0,
+        gt=0,
+        description="Seconds that a step may take before its process counts as hung and is started again.",
+    )
     deterministic: bool = Field(
         default=False,
         description="On a GPU, attention gives a row the same bits whatever else is in its step; matrix products and "
@@ -192,16 +291,15 @@ class RunConfig(_Section):
     seed: int = Field(
         default=0, ge=0, lt=2**64, description="Seed of the run; a line without a seed gets one derived from it."
     )
-    max_tokens: int | None = Field(
+    max_tokens: Count | None = Field(
         default=None,
-        ge=1,
         description="Token limit of answers whose line has none; if unset the API's own default (chat: what is "
         "left of the context, completions: 16).",
     )
     kv_memory: Size | None = Field(
         default=None, description="Memory for KV, such as 4GiB, 500MB or a number of bytes; what is free if unset."
     )
-    limit: int | None = Field(default=None, ge=1, description="Run only this many lines from the top, as a trial.")
+    limit: Count | None = Field(default=None, description="Run only this many lines from the top, as a trial.")
     results_order: Literal["completion", "input"] = Field(
         default="completion",
         description="Order of results.jsonl at the end of the run; while it runs, as answers finish.",
@@ -219,6 +317,7 @@ class RunConfig(_Section):
         default=False, description="Take no sampling defaults from the model's generation_config.json."
     )
     sampling: SamplingConfig = Field(default=SamplingConfig(), description="Sampling of lines that do not say.")
+    limits: LimitsConfig = Field(default=LimitsConfig(), description="What ends a run or a request early.")
     scheduler: SchedulerConfig = Field(default=SchedulerConfig(), description="How work is cut into steps.")
     output: OutputConfig = Field(default=OutputConfig(), description="How results reach the disk.")
 
@@ -262,23 +361,36 @@ def _read_layer(path: Path) -> _Layer:
         return _Layer(tomllib.loads(path.read_text(encoding="utf-8")), path)
     except OSError as error:
         raise UsageError(f"The configuration file {path} cannot be read: {error.strerror}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # of tomllib also for an integer of thousands of digits, or deep lists
         raise UsageError(f"The configuration file {path} is not valid TOML: {error}.") from error
 
 
 def _fault(detail: dict[str, Any], layers: list[_Layer]) -> str:
     """One sentence for one of pydantic's error details."""
-    path = [part for part in detail["loc"] if isinstance(part, str) and part.isidentifier()][:2]
+    unknown = detail["type"] == "extra_forbidden"
+    # A key that is known is an identifier; what else stands in pydantic's path is its own.
+    path = [part for part in detail["loc"] if isinstance(part, str) and (unknown or part.isidentifier())][:2]
     key = ".".join(path)
     if detail["type"] == "missing":
         return f"{key} is missing: give --{_dashes(key)} or set it in a --config file."
     source = _where(path, layers)
-    if detail["type"] == "extra_forbidden":
-        meant = _nearest_key(key)
-        return f"{source}: there is no setting {key!r}" + (f"; did you mean {meant!r}?" if meant else ".")
-    given = detail["input"]
+    if unknown:
+        meant = _nearest_key(path[-1])
+        return f"{source}: there is no setting {_shown(key)}" + (f"; did you mean {meant!r}?" if meant else ".")
     reason = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    return f"{source}: {key} = {given!r} is wrong: {reason[0].lower() + reason[1:]}."
+    return f"{source}: {key} = {_shown(detail['input'])} is wrong: {reason[0].lower() + reason[1:]}."
+
+
+def _shown(value: Any) -> str:
+    """A value for a message, at most 100 characters of it."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, or tables that deep
+        return "..."
+    return text if len(text) <= 100 else text[:97] + "..."
 
 
 def _where(path: list[str], layers: list[_Layer]) -> str:
@@ -292,14 +404,14 @@ def _where(path: list[str], layers: list[_Layer]) -> str:
     return "configuration"
 
 
-def _nearest_key(key: str) -> str | None:
-    """The key in any section whose own name is nearest to that of the unknown `key`."""
+def _nearest_key(unknown: str) -> str | None:
+    """The key in any section whose own name is nearest to that of an unknown one."""
     known: dict[str, str] = {}
     for name, field in RunConfig.model_fields.items():
         known[name] = name
         if isinstance(field.annotation, type) and issubclass(field.annotation, _Section):
             known |= {inner: f"{name}.{inner}" for inner in field.annotation.model_fields}
-    meant = nearest(key.rpartition(".")[2], known)
+    meant = nearest(unknown, known)
     return known[meant] if meant else None
 
 

@@ -9,8 +9,9 @@ import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,12 +19,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from batchrun.config import RunConfig, load_config, nearest
+from batchrun.config import RunConfig, load_config, nearest, parse_duration, parse_share, parse_until
 from batchrun.devices import DEPTH
 from batchrun.errors import BatchrunError, ExitCode, NothingRunnable, OutputError, UsageError
 from batchrun.execution.collect import LineCollector
+from batchrun.execution.limits import Limits, RequestClock
 from batchrun.execution.loop import run_loop
+from batchrun.execution.process import RemoteEngine
+from batchrun.execution.recovery import Recovery
 from batchrun.execution.stops import TextStops
+from batchrun.execution.worker import WorkerLost
 from batchrun.formats.job import JobLint, JobSource, lint_job, open_job, read_job, spool_stdin
 from batchrun.formats.plan import PlanFile, write_plan
 from batchrun.formats.report import StepWriter, read_report, write_report
@@ -58,6 +63,7 @@ from batchrun.prepare import (
 )
 from batchrun.report.page import render_page
 from batchrun.report.records import (
+    Estimate,
     KvUse,
     Report,
     RequestCounts,
@@ -72,14 +78,14 @@ from batchrun.schedule.scheduler import Finished, Scheduler
 from batchrun.schedule.step import Step, StepOutput
 from batchrun.subject import Fingerprint, Subject, fingerprint_of
 
-if TYPE_CHECKING:  # a plan loads no torch
-    from batchrun.engine.device import Device
-    from batchrun.engine.model import LoadedModel
+if TYPE_CHECKING:
+    from batchrun.engine.engine import Engine, EngineSettings
 
 log = logging.getLogger(__name__)
 
 LOG, PAGE, PLAN, REPORT, STEPS = "run.log", "report.html", "plan.json", "report.json", "steps.jsonl"
 STDIN_JOB = "job.jsonl"
+QUARANTINED, TIMED_OUT = "engine_quarantined", "request_timeout"
 _IDS_COMPARED = 5000  # to either side, to find the one that was meant
 
 
@@ -299,10 +305,6 @@ def run_job(job: str, config: RunConfig, observer: Observer | None = None) -> Ou
         if config.strict:  # all or none: what only the tokenizer can refuse is found before anything is written
             faults = prepare(subject, _sound_lines(source, config.limit), config).faults
             _refuse_unrunnable(faults, lint.total, config)
-        if subject.device != "cpu":
-            from batchrun.engine.device import make_device
-
-            make_device(subject.device)  # a GPU that is not there is told before anything is written
         fingerprint = fingerprint_of(subject, lint.fingerprint, config)
         run_dir = stack.enter_context(RunDir.open(out, fingerprint, fresh=config.fresh))
         if run_dir.state is RunState.FINISHED:
@@ -314,6 +316,13 @@ def run_job(job: str, config: RunConfig, observer: Observer | None = None) -> Ou
                 source.path = source.path.replace(out / STDIN_JOB)
         stack.enter_context(_log_to(out / LOG))
         return _Run(source, lint, fingerprint, subject, config, run_dir, observer, began).execute()
+
+
+def build_engine(settings: EngineSettings) -> Engine:
+    """The engine, in the process that it is to live in."""
+    from batchrun.engine.engine import Engine
+
+    return Engine(settings)
 
 
 class _Run:
@@ -343,7 +352,15 @@ class _Run:
         self.finish_reasons: Counter[str] = Counter()
         self.error_codes: Counter[str] = Counter()
         self.total = lint.total
-        self._loaded: tuple[LoadedModel, Device] | None = None
+        self.recovery: Recovery | None = None
+        wanted = config.limits
+        self.limits = Limits(
+            until=parse_until(wanted.until) if wanted.until is not None else None,
+            timeout=parse_duration(wanted.timeout) if wanted.timeout is not None else None,
+            max_errors=parse_share(wanted.max_errors, lint.total) if wanted.max_errors is not None else None,
+        )
+        self.limit_reached: str | None = None
+        self.expected: Estimate | None = None
 
     def execute(self) -> Outcome:
         recovered = self.run_dir.recover()
@@ -357,8 +374,8 @@ class _Run:
             flush_results=self.config.output.flush_results,
         )
         try:
-            with sink:
-                report, stopped = self._fill(sink, recovered)
+            with sink, _worker_errors(), ExitStack() as stack:
+                report, stopped = self._fill(sink, recovered, stack)
         except BaseException as error:
             log.exception("the run broke off")
             code = error.exit_code if isinstance(error, BatchrunError) else ExitCode.INTERNAL
@@ -383,18 +400,23 @@ class _Run:
         log.info("%s: %s completed, %s failed, %s remaining", status, counts.completed, counts.failed, counts.remaining)
         return Outcome(report, self.run_dir.path, code)
 
-    def _fill(self, sink: ResultSink, recovered: Recovered) -> tuple[Report, bool]:
+    def _fill(self, sink: ResultSink, recovered: Recovered, stack: ExitStack) -> tuple[Report, bool]:
         """Write every result and error; returns the report, which is written too, and whether the run was stopped."""
         done = set(recovered.results.tolist()) | set(recovered.errors.tolist())
         self._refuse(sink, [fault for fault in self.lint.faults if fault.number not in done])
         self.observer.faults(self.lint.faults, self.total)
 
         config = self.config
-        if self.subject.device != "cpu" and config.kv_memory is None:
-            config = config.model_copy(update={"kv_memory": self._measured_kv_memory()})
+        device = load_device_spec(config.device_spec or self.subject.device)  # before the model takes memory
+        engine = stack.enter_context(closing(self._start_engine()))
+        if device.kind != "cpu" and config.kv_memory is None:
+            self._wait_for_engine(engine)
+            rows = config.scheduler.step_tokens or device.step_tokens
+            left = engine.kv_memory(device.kv_share, rows, config.scheduler.page_size or device.page_size)
+            config = config.model_copy(update={"kv_memory": left})
         self.observer.stage("read")
         lines = _sound_lines(self.source, self.config.limit)
-        prepared = prepare(self.subject, (line for line in lines if line.number not in done), config)
+        prepared = prepare(self.subject, (line for line in lines if line.number not in done), config, device)
         self.seconds |= prepared.seconds
         self._refuse(sink, prepared.faults)
         if prepared.faults:
@@ -420,12 +442,20 @@ class _Run:
         prepared, orders = choose_order(prepared)
         scheduler = Scheduler(prepared.plan, prepared.requests, depth=DEPTH[self.subject.device])
         steps, padded, stopped = StepLog(), 0, False
-        if len(prepared.requests):
+        if len(prepared.requests) and self._limit_reached():
+            stopped = True
+        elif len(prepared.requests):
             simulated = simulate(prepared)
             self.seconds["plan"] += time.perf_counter() - began
-            write_plan(self.run_dir.path / PLAN, plan_file(prepared, simulated, orders, self.subject, self.fingerprint))
+            planned = plan_file(prepared, simulated, orders, self.subject, self.fingerprint)
+            write_plan(self.run_dir.path / PLAN, planned)
+            self.expected = planned.expected
             self.observer.expected_rows(round(simulated.scale * int(simulated.log.columns["rows"].sum())))
-            steps, padded, stopped = self._run_model(prepared, scheduler, sink)
+            steps, padded, stopped = self._run_model(prepared, scheduler, engine, sink)
+        if self.limit_reached is not None:
+            message = f"stopped because {self.limit_reached}; the same command goes on"
+            warnings.append(Warned("stopped_early", 1, message))
+            log.warning("%s", message)
         sink.flush()
         report = self._report(prepared, scheduler, steps, padded, sink, warnings)
         if not stopped:
@@ -437,21 +467,14 @@ class _Run:
         write_text_atomic(self.run_dir.path / PAGE, render_page(report, steps.columns))
         return report, stopped
 
-    def _run_model(self, prepared: Prepared, scheduler: Scheduler, sink: ResultSink) -> tuple[StepLog, int, bool]:
-        """Load the model and run the plan; answers go to `sink` as they come."""
-        from batchrun.engine.torch_worker import TorchWorker
-
+    def _run_model(
+        self, prepared: Prepared, scheduler: Scheduler, engine: Engine | RemoteEngine, sink: ResultSink
+    ) -> tuple[StepLog, int, bool]:
+        """Run the plan; answers go to `sink` as they come."""
         requests, plan = prepared.requests, prepared.plan
-        model, device = self._engine()
-        worker = TorchWorker(
-            model,
-            requests,
-            eos_token_ids=prepared.tokenizer.eos_token_ids(self.subject.generation_config),
-            page_size=plan.budget.page_size,
-            num_pages=plan.budget.pages,
-            device=device,
-            deterministic=self.config.deterministic,
-        )
+        self._wait_for_engine(engine)
+        eos_token_ids = prepared.tokenizer.eos_token_ids(self.subject.generation_config)
+        engine.start(requests, eos_token_ids, plan.budget.page_size, plan.budget.pages)
 
         texts = TextStops(prepared.tokenizer, requests)
         lines = LineCollector(requests, plan.groups, self.subject.name, sink)
@@ -471,53 +494,69 @@ class _Run:
             self.observer.step(step.num_rows, output.token_ids.size, newly_finished)
             newly_finished = 0
             sink.poll()
+            if clock is not None:
+                for request in clock.late(step, scheduler.requests_in_steps()):
+                    scheduler.drop([request])
+                    fail(request, TIMED_OUT, f"it took longer than {clock.limit:g} s (--request-timeout)", 1)
             if step_writer is not None:
                 step_writer.write(step, output.seconds)
 
+        def fail(request: int, code: str, message: str, attempts: int) -> None:
+            if lines.fail(request, code, message, attempts=attempts):
+                self.error_codes[code] += 1
+
+        def on_quarantined(request: int, attempts: int, cause: str) -> None:
+            fail(request, QUARANTINED, f"left out after {attempts} attempts: {cause}", attempts)
+
+        timeout = self.config.limits.request_timeout
+        clock = RequestClock(len(requests), parse_duration(timeout)) if timeout is not None else None
+        self.recovery = Recovery(scheduler, on_quarantined)
         self.observer.stage("run")
         began = time.perf_counter()
         with ExitStack() as stack:
-            stack.callback(worker.close)
             steps_path = self.run_dir.path / STEPS
             step_writer = stack.enter_context(StepWriter(steps_path)) if self.config.output.steps_log else None
             end = run_loop(
                 scheduler,
-                worker,
+                engine,
                 on_finished=on_finished,
                 on_step=on_step,
                 watch=texts.watch,
-                should_stop=self.observer.should_stop,
+                should_stop=lambda: self.observer.should_stop() or self._limit_reached(),
+                recovery=self.recovery,
             )
         self.seconds["execute"] = time.perf_counter() - began
         return end.log, end.padded_rows, end.stopped
 
-    def _engine(self) -> tuple[LoadedModel, Device]:
-        """The model, loaded when it is first asked for, and where it is."""
-        if self._loaded is None:
+    def _start_engine(self) -> Engine | RemoteEngine:
+        """The engine, which loads its model while the job is read, if it has a process of its own."""
+        from batchrun.engine.engine import EngineSettings
+
+        subject, config = self.subject, self.config
+        settings = EngineSettings(
+            path=subject.model.path,
+            config=subject.config,
+            dtype=subject.dtype,
+            device=subject.device,
+            enforce_eager=config.enforce_eager,
+            deterministic=config.deterministic,
+        )
+        if config.in_process:
+            return build_engine(settings)
+        return RemoteEngine(partial(build_engine, settings), step_timeout=config.step_timeout)
+
+    def _wait_for_engine(self, engine: Engine | RemoteEngine) -> None:
+        """Have the model loaded, if it is not."""
+        if "load" not in self.seconds:
             self.observer.stage("load model")
             began = time.perf_counter()
-            from batchrun.engine.device import make_device
-            from batchrun.engine.model import load_model
-
-            subject = self.subject
-            device = make_device(subject.device, graphs=not self.config.enforce_eager)
-            model = load_model(subject.model.path, subject.config, subject.dtype, subject.device)
-            self._loaded = model, device
+            engine.load()
             self.seconds["load"] = time.perf_counter() - began
-        return self._loaded
 
-    def _measured_kv_memory(self) -> int | None:
-        """Bytes for KV: what the weights and the largest step leave of the device."""
-        from batchrun.engine.torch_worker import kv_memory
-
-        spec = load_device_spec(self.config.device_spec or self.subject.device)
-        scheduler = self.config.scheduler
-        return kv_memory(
-            *self._engine(),
-            share=spec.kv_share,
-            rows=scheduler.step_tokens or spec.step_tokens,
-            page_size=scheduler.page_size or spec.page_size,
-        )
+    def _limit_reached(self) -> bool:
+        """Whether a limit ends the run; which one is noted."""
+        self.limit_reached = self.limits.reached(self.error_codes.total())  # also those that are not on disk yet
+        return self.limit_reached is not None
 
     def _refuse(self, sink: ResultSink, faults: list[LineFault]) -> None:
         for fault in faults:
@@ -558,12 +597,14 @@ class _Run:
                 execute=execute,
             ),
             throughput=Throughput(rate(answered), rate(self.answered_prompt_tokens), rate(counters.sampled)),
+            expected=self.expected,
             steps=len(steps),
             kv=KvUse(plan.budget.page_size, plan.budget.pages, scheduler.pool.peak_used),
             idle_rows=counters.idle_rows,
             padded_rows=padded_rows,
             preemptions=counters.preemptions,
             memory_retries=counters.memory_retries,
+            worker_restarts=self.recovery.crashes if self.recovery is not None else 0,
             prefix_evictions=counters.prefix_evictions,
             finish_reasons=dict(self.finish_reasons),
             errors=dict(self.error_codes),
@@ -575,6 +616,19 @@ class _Run:
             dtype=self.subject.dtype,
             environment=self.subject.environment,
         )
+
+
+@contextmanager
+def _worker_errors() -> Iterator[None]:
+    """A worker that is lost before there is anything to recover, or while it is started again."""
+    try:
+        yield
+    except WorkerLost as lost:
+        raise BatchrunError(
+            f"The worker could not be started: {lost}.",
+            hint="What is finished is kept: the same command goes on once the cause is mended.",
+            code="worker_lost",
+        ) from lost
 
 
 # --- what both do -------------------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ from batchrun.report.records import (
 from batchrun.request import JobLine, LineFault, Requests
 from batchrun.schedule.scheduler import Scheduler
 from batchrun.schedule.step import Step, StepOutput
+from batchrun.specs import DeviceSpec
 from batchrun.subject import Fingerprint, Subject
 from batchrun.tokenizer import Tokenizer, load_tokenizer
 
@@ -61,14 +62,20 @@ class Prepared:
     seconds: dict[str, float]
 
 
-def prepare(subject: Subject, lines: Iterator[JobLine], config: RunConfig) -> Prepared:
-    """Tokenise, find the forest, plan."""
+def prepare(
+    subject: Subject, lines: Iterator[JobLine], config: RunConfig, device: DeviceSpec | None = None
+) -> Prepared:
+    """Tokenise, find the forest, plan.
+
+    Args:
+        device: to plan for; if None, the one that the configuration names.
+    """
     began = perf_counter()
     tokenizer = load_tokenizer(subject.model.path, config.chat_template)
     intake = read_requests(lines, tokenizer, subject.spec, subject.generation_config, config)
     tokenized = perf_counter()
 
-    device = load_device_spec(config.device_spec or subject.device)
+    device = device or load_device_spec(config.device_spec or subject.device)
     cost = CostModel(subject.spec, device, subject.dtype)
     budget = make_budget(
         subject.spec, device, subject.dtype, kv_memory=config.kv_memory, page_size=config.scheduler.page_size
@@ -343,25 +350,7 @@ def mismatches(lint: JobLint, subject: Subject) -> Warned | None:
 
 def warnings_of(lint: JobLint, prepared: Prepared, subject: Subject, config: RunConfig) -> list[Warned]:
     """What a person should know, each kind once."""
-    warnings = []
-    for name, count in lint.unknown_fields.most_common(20):
-        warnings.append(Warned("unknown_field", count, f"field {name!r} is not known and was ignored"))
-    mismatch = mismatches(lint, subject)
-    if mismatch is not None:
-        warnings.append(mismatch)
-    if prepared.silent:
-        warnings.append(
-            Warned(
-                "max_tokens_default",
-                prepared.silent,
-                f"no max_tokens: a completion gets {COMPLETIONS_MAX_TOKENS}, a chat what is left of the context; "
-                "--max-tokens sets another limit",
-            )
-        )
-    if prepared.clipped:
-        warnings.append(
-            Warned("max_tokens_clipped", prepared.clipped, "max_tokens reaches past the context and was cut to it")
-        )
+    warnings = [*lint_warnings(lint, subject), *limit_warnings(prepared.silent, prepared.clipped)]
     if prepared.clipped_to_pool:
         warnings.append(
             Warned(
@@ -370,4 +359,31 @@ def warnings_of(lint: JobLint, prepared: Prepared, subject: Subject, config: Run
                 "an answer without max_tokens may end early, where the KV memory ends; raise --kv-memory",
             )
         )
+    return warnings
+
+
+def lint_warnings(lint: JobLint, subject: Subject | None) -> list[Warned]:
+    """What the lines themselves show, and what the model's name does where there is a model."""
+    warnings = [
+        Warned("unknown_field", count, f"field {name!r} is not known and was ignored")
+        for name, count in lint.unknown_fields.most_common(20)
+    ]
+    mismatch = mismatches(lint, subject) if subject is not None else None
+    return [*warnings, mismatch] if mismatch is not None else warnings
+
+
+def limit_warnings(silent: int, clipped: int) -> list[Warned]:
+    """What token limits came to, as counted by `Intake`."""
+    warnings = []
+    if silent:
+        warnings.append(
+            Warned(
+                "max_tokens_default",
+                silent,
+                f"no max_tokens: a completion gets {COMPLETIONS_MAX_TOKENS}, a chat what is left of the context; "
+                "--max-tokens sets another limit",
+            )
+        )
+    if clipped:
+        warnings.append(Warned("max_tokens_clipped", clipped, "max_tokens reaches past the context and was cut to it"))
     return warnings

@@ -185,6 +185,21 @@ class Requests:
             endpoints=[self.endpoints[line] for line in lines],
         )
 
+    def for_sampling(self) -> Requests:
+        """Only what sampling asks for: all that a worker wants to know, and little to send to it."""
+        return Requests(
+            tokens=TokenTable(np.empty(0, dtype=np.int32), np.zeros(1, dtype=np.int64)),
+            line=self.line[:0],
+            sampling_id=self.sampling_id,
+            sampling=self.sampling,
+            max_new_tokens=self.max_new_tokens[:0],
+            seed=self.seed,
+            expected_tokens=self.expected_tokens[:0],
+            line_numbers=self.line_numbers[:0],
+            custom_ids=[],
+            endpoints=[],
+        )
+
     @property
     def ignore_eos(self) -> npt.NDArray[np.bool_]:
         """Whether the answer's length is known beforehand: it runs to its limit and nothing can stop it."""

@@ -3,8 +3,8 @@ where plans and runs find it.
 
 Random models of a few shapes run jobs through the real scheduler, loop and worker; the jobs are made such that each of
 `specs.COST_UNITS` weighs much in some steps and little in others. The seconds of a unit are a least squares fit with no
-constant below zero, over the median of each step's repeats. How well they hold is measured on what the fit has not
-seen: whole jobs, of another model.
+constant below zero, over the fastest repeat of each step: what else runs on a machine only adds. How well they hold is
+measured on what the fit has not seen: whole jobs, of another model.
 
     python scripts/calibrate_device.py --quick --out /tmp
 """
@@ -141,8 +141,9 @@ class Measured:
     seconds: Float
 
     @property
-    def median(self) -> Float:
-        return np.median(self.seconds, axis=0)
+    def fastest(self) -> Float:
+        """Of each step, `[N]`."""
+        return self.seconds.min(axis=0)
 
 
 # --- jobs ---------------------------------------------------------------------------------------------------------
@@ -362,10 +363,10 @@ class Errors:
 
 def errors_of(measured: list[Measured], constants: Float) -> Errors:
     """How well constants foretell what was measured."""
-    steps = [np.abs(job.units @ constants / job.median - 1) for job in measured]
-    runs = [abs((job.units @ constants).sum() / np.median(job.seconds.sum(axis=1)) - 1) for job in measured]
+    steps = [np.abs(job.units @ constants / job.fastest - 1) for job in measured]
+    runs = [abs((job.units @ constants).sum() / job.seconds.sum(axis=1).min() - 1) for job in measured]
     pairs = [
-        (np.abs(first - second) / job.median, abs(first.sum() - second.sum()) / job.median.sum())
+        (np.abs(first - second) / job.fastest, abs(first.sum() - second.sum()) / job.fastest.sum())
         for job in measured
         for first, second in combinations(job.seconds, 2)
     ]
@@ -383,7 +384,7 @@ def table(measured: list[Measured], constants: Float) -> str:
     lines = [head]
     for job in measured:
         errors = errors_of([job], constants)
-        expected, took = float((job.units @ constants).sum()), float(np.median(job.seconds.sum(axis=1)))
+        expected, took = float((job.units @ constants).sum()), float(job.seconds.sum(axis=1).min())
         lines.append(
             f"{job.name:24}{job.seconds.shape[1]:6}{took:8.2f} s{expected:8.2f} s{100 * (expected / took - 1):+6.1f} %"
             f"{100 * errors.runs_noise:6.1f} %{100 * errors.steps:9.1f} %{100 * errors.steps_noise:6.1f} %"
@@ -459,7 +460,7 @@ def calibrate(name: str, dtypes: list[str], effort: Effort, folder: Path, tell: 
         held_out = [(benches[-1], job) for job in held_out_jobs(benches[-1].spec.vocab_size, effort.part)]
         measured = measure(jobs + held_out, effort.repeats)
         seen, unseen = measured[: len(jobs)], measured[len(jobs) :]
-        constants = fit(np.concatenate([job.units for job in seen]), np.concatenate([job.median for job in seen]))
+        constants = fit(np.concatenate([job.units for job in seen]), np.concatenate([job.fastest for job in seen]))
         tell(f"\n{dtype}, fitted:\n{table(seen, constants)}\n\n{dtype}, held out:\n{table(unseen, constants)}")
         errors = errors_of(unseen, constants)
         comments += [
@@ -470,7 +471,7 @@ def calibrate(name: str, dtypes: list[str], effort: Effort, folder: Path, tell: 
         named = dict(zip(COST_UNITS, constants.tolist(), strict=True)) | {"error": errors.steps}
         device = replace(device, fitted={**device.fitted, dtype: named})
         if dtype == dtypes[0]:
-            rate = {size: job.rows / job.median.sum() for size, job in zip(_STEP_SIZES, seen, strict=False)}
+            rate = {size: job.rows / job.fastest.sum() for size, job in zip(_STEP_SIZES, seen, strict=False)}
             saturated = min(size for size in _STEP_SIZES if rate[size] >= _SATURATED * max(rate.values()))
             device = replace(device, step_tokens=saturated)
             rates = ", ".join(f"{rate[size]:.0f} ({size})" for size in _STEP_SIZES)

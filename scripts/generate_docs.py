@@ -20,10 +20,10 @@ from pydantic import BaseModel
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from batchrun import config
+from batchrun import check, config, status
 from batchrun.cli import app
 from batchrun.errors import ExitCode
-from batchrun.formats import job, plan, results, rundir
+from batchrun.formats import job, plan, results, rundir, watch
 from batchrun.planning.order import ORDERS
 from batchrun.prefix.groups import GROUPINGS
 from batchrun.report import records
@@ -43,8 +43,9 @@ def pages() -> dict[str, str]:
 
 CLI = """# Command line
 
-Results and tables go to standard output; progress, bad lines and failures go to standard error. Flags win over the
-file given with `--config` ([configuration.md](configuration.md)).
+Results and tables go to standard output, as do the bad lines that `check` finds; progress, bad lines of other commands
+and failures go to standard error. Flags win over the file given with `--config`
+([configuration.md](configuration.md)).
 
 SIGINT and SIGTERM end a run between two steps, with exit code 75; a second signal ends it at once.
 """
@@ -134,7 +135,7 @@ def _values(schema: dict[str, Any]) -> str:
 
 
 def _number(value: float) -> str:
-    return "2⁶⁴" if value == 2**64 else str(value)
+    return {2**31: "2³¹", 2**64: "2⁶⁴"}.get(value, str(value))
 
 
 def _policies(named: dict[str, Any]) -> str:
@@ -290,6 +291,8 @@ def _formats() -> str:
         "## steps.jsonl",
         STEPS,
         _columns(Step, ("sequence", "request", "start", "length", "samples")),
+        *_document("batchrun check --json", check.Checked, LineFault, check.Lengths),
+        *_document("batchrun status --json", status.RunProgress, watch.Holder),
     )
 
 
@@ -365,10 +368,12 @@ def _json_type(annotation: str) -> str:
     name = annotation.removesuffix(" | None")
     if name.startswith("tuple["):
         shown = f"list of {name[6:-6]}"
+    elif name.startswith("list["):
+        shown = f"list of {name[5:-1]}"
     elif name.startswith("dict["):
         shown = "object"
     else:
-        words = {"str": "string", "int": "integer", "float": "number", "RunStatus": "string"}
+        words = {"str": "string", "int": "integer", "float": "number", "RunStatus": "string", "State": "string"}
         shown = words.get(name, name)
     return shown if name == annotation else f"{shown} or null"
 

@@ -81,6 +81,11 @@ class ContextWorker:
         self.steps.append(step)
         self.under_way.append(step)
 
+    def restart(self) -> None:
+        self.token[:], self.position[:], self.owner[:] = -1, -1, -1
+        self.pages_of.clear()
+        self.under_way.clear()
+
     def close(self) -> None:
         pass
 

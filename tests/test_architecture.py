@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "formats": {"errors", "request", "report.records", "schedule.step"},
     "tokenizer": {"errors", "request", "tokens"},
     "execution": {
+        "errors",
         "request",
         "prefix",
         "planning",
@@ -72,18 +73,20 @@ MAY_IMPORT: dict[str, set[str]] = {
         "schedule",
         "subject",
     },
+    "check": {"config", "errors", "formats", "intake", "prepare", "report.records", "request", "subject", "tokenizer"},
+    "status": {"errors", "formats", "report.records"},
     "cli": {"errors"},
 }
 # What may be imported besides inside functions (to keep the start light), and for type checking alone.
 LATER: dict[str, set[str]] = {
     "": {"pipeline"},  # batchrun/__init__.py
-    "cli": {"config", "formats.results", "formats.rundir", "pipeline", "report"},
+    "cli": {"check", "config", "formats.results", "formats.rundir", "pipeline", "report", "status"},
     "pipeline": {"engine"},
 }
 FOR_TYPES: dict[str, set[str]] = {
     "pipeline": {"engine"},
     "": {"pipeline"},
-    "report": {"formats.plan", "pipeline", "prefix"},
+    "report": {"check", "formats.plan", "pipeline", "prefix", "status"},
 }
 
 # Who may use which library: when loaded, or only inside functions.

@@ -195,7 +195,8 @@ class StepTensors:
         """
         ids = tensors["input_ids"]
         if sampled_before is not None and self._step.token_ids.size and self._step.token_ids.min() < 0:
-            ids.copy_(torch.where(ids < 0, sampled_before[(-1 - ids).clamp(min=0)], ids))
+            # What could not be sampled counts for nothing, but has to be the input of something.
+            ids.copy_(torch.where(ids < 0, sampled_before[(-1 - ids).clamp(min=0)].clamp(min=0), ids))
         self.input_ids, self.positions = ids[None], tensors["positions"][None]
         self.store_index, self.sample_index = tensors["store_index"], tensors["sample_index"]
 

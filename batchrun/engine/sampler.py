@@ -102,7 +102,8 @@ class Sampler:
         )
 
     def sample(self, logits: torch.Tensor, sampling: Sampling, arrays: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Sample a token for each row, int64 `[S]`, on the device and without waiting for it.
+        """Sample a token for each row, int64 `[S]`, on the device and without waiting for it; -1 for a row whose logits
+        are no numbers.
 
         Args:
             logits: `[S, vocabulary]`, any float dtype; may be written to.
@@ -112,12 +113,14 @@ class Sampler:
         if "held_row" in arrays:
             logits[arrays["held_row"], arrays["held_token"]] = _NEVER
         token_ids = logits.argmax(dim=-1)
+        # The largest of a row with a NaN in it is NaN.
+        sound = logits.gather(-1, token_ids[:, None])[:, 0].isfinite()
         if "drawn" in arrays:
             some = max(_DRAWN_AT_ONCE // logits.shape[-1], 1)
             parts = (arrays[name].split(some) for name in ("drawn", "settings", "point"))
             for drawn, settings, point in zip(*parts, strict=True):
                 token_ids[drawn] = self._draw(logits[drawn].float(), sampling, settings, point)
-        return token_ids
+        return torch.where(sound, token_ids, -1)
 
     def ended(self, requests: npt.NDArray[np.int32], token_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
         """Whether tokens end the answers of requests, bool `[S]`."""

@@ -16,7 +16,6 @@ from batchrun.engine.device import Device, make_device
 from batchrun.engine.kv_cache import KVCache, PageTables
 from batchrun.engine.model import LoadedModel
 from batchrun.engine.sampler import Sampler
-from batchrun.errors import BatchrunError
 from batchrun.request import Requests, SamplingParams
 from batchrun.schedule.step import PrefixReads, Step, StepOutput
 from batchrun.tokens import TokenTable
@@ -89,11 +88,7 @@ class TorchWorker:
         self._under_way: deque[_UnderWay] = deque()
 
     def submit(self, step: Step) -> None:
-        """Run a step; on a GPU, let it run.
-
-        Raises:
-            BatchrunError: there is no memory for a single row.
-        """
+        """Run a step; on a GPU, let it run."""
         stop = self._device.start_clock()
         self._tables.apply(step)
         with torch.inference_mode():
@@ -108,12 +103,8 @@ class TorchWorker:
         try:
             return [self._forward(step)]
         except Exception as error:
-            if not self._device.is_full(error):
+            if step.num_rows == 1 or not self._device.is_full(error):
                 raise
-            if step.num_rows == 1:
-                raise BatchrunError(
-                    f"There is no memory for a single row: {error}", hint="Give less memory to KV: --kv-memory."
-                ) from error
         # Behind the handler, which holds on to what the pass that failed had made.
         self._device.give_back()
         return [part for half in step.split(step.num_rows // 2) for part in self._run(half)]

@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 
-from batchrun.formats.results import result_line
+from batchrun.formats.results import result_line, unrun_line
 from batchrun.formats.rundir import ResultSink
 from batchrun.prefix.groups import PrefixGroups
 from batchrun.request import FinishReason, Requests, Result, Usage
@@ -23,11 +23,14 @@ class LineCollector:
         self._sink = sink
         self._missing = np.bincount(requests.line, minlength=len(requests.custom_ids))
         self._partial: dict[int, list[Result]] = {}
+        self._failed: set[int] = set()
 
     def add(self, finished: Finished, text: str, reason: FinishReason) -> None:
         requests, index = self._requests, finished.request
         usage = Usage(requests.tokens.span(index).length, finished.cached_tokens, finished.token_ids.size)
         line = int(requests.line[index])
+        if line in self._failed:
+            return
         results = self._partial.setdefault(line, [])
         results.append(Result(index, text, finished.token_ids, reason, usage))
         if len(results) < self._missing[line]:
@@ -47,3 +50,14 @@ class LineCollector:
                 group=group if group >= 0 else None,
             )
         )
+
+    def fail(self, request: int, code: str, message: str, *, attempts: int) -> bool:
+        """A request gets no answer, and so its line none; whether that is new."""
+        requests, line = self._requests, int(self._requests.line[request])
+        if line in self._failed:
+            return False
+        self._failed.add(line)
+        self._partial.pop(line, None)
+        number = int(requests.line_numbers[line])
+        self._sink.write_error(unrun_line(requests.custom_ids[line], number, code, message, attempts=attempts))
+        return True

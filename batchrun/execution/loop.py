@@ -7,7 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
 
-from batchrun.execution.worker import Worker
+import numpy as np
+
+from batchrun.execution.recovery import Recovery
+from batchrun.execution.worker import Worker, WorkerLost
 from batchrun.report.records import StepLog, StepRecord
 from batchrun.schedule.scheduler import Finished, Scheduler, Watch
 from batchrun.schedule.step import Step, StepOutput
@@ -36,6 +39,7 @@ def run_loop(
     on_step: Callable[[Step, StepOutput], None] = lambda step, output: None,
     watch: Watch | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    recovery: Recovery | None = None,
 ) -> LoopEnd:
     """Run steps until every request has its answer, or `should_stop` says so between two steps; with a scheduler of
     depth 2, a step is made and submitted while the device computes the one before it.
@@ -44,6 +48,11 @@ def run_loop(
         on_finished: called for each answer, as soon as it is there.
         on_step: called after each step and its answers.
         watch: says which answers a stop string ends.
+        recovery: what to do when the worker is lost; None: nothing.
+
+    Raises:
+        WorkerLost: the worker was lost, and there is no `recovery`, or it could not be started again.
+        BatchrunError: as `Recovery.crashed`.
     """
     log = StepLog()
     padded = 0
@@ -51,17 +60,27 @@ def run_loop(
     while True:
         stopping = should_stop()
         began, waited = perf_counter(), 0.0
-        while not stopping and len(in_flight) < scheduler.depth and (step := scheduler.schedule()) is not None:
-            in_flight.append((step, scheduler.pool.num_used))
+        try:
+            while not stopping and len(in_flight) < scheduler.depth and (step := scheduler.schedule()) is not None:
+                in_flight.append((step, scheduler.pool.num_used))
+                submitted = perf_counter()
+                worker.submit(step)
+                waited += perf_counter() - submitted
+            if not in_flight:
+                if not stopping and recovery is not None and recovery.widen():
+                    continue
+                return LoopEnd(log, padded, stopped=stopping and not scheduler.done)
             submitted = perf_counter()
-            worker.submit(step)
+            output = worker.collect()
             waited += perf_counter() - submitted
-        if not in_flight:
-            return LoopEnd(log, padded, stopped=stopping)
+        except WorkerLost as lost:
+            if recovery is None:
+                raise
+            in_flight.clear()
+            recovery.crashed(str(lost))
+            worker.restart()
+            continue
         step, pages_used = in_flight.popleft()
-        submitted = perf_counter()
-        output = worker.collect()
-        waited += perf_counter() - submitted
         finished = scheduler.update(step, output, watch)
         decodes = int(((step.num_sampled > 0) & step.samples & (step.length == 1)).sum())
         padded += output.padded_rows
@@ -79,4 +98,14 @@ def run_loop(
         )
         for answer in finished:
             on_finished(answer)
+            if recovery is not None:
+                recovery.finished()
         on_step(step, output)
+        unsound = step.request[step.samples][output.token_ids < 0]
+        unsound = unsound[np.isin(unsound, scheduler.requests_in_steps())] if unsound.size else unsound
+        if unsound.size:
+            if recovery is None:
+                raise AssertionError("logits that are no numbers")
+            in_flight.clear()
+            recovery.no_numbers(unsound.tolist())
+            worker.restart()

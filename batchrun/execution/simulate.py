@@ -39,5 +39,8 @@ class SimulatedWorker:
             seconds=self._price(step.work),
         )
 
+    def restart(self) -> None:
+        self._submitted.clear()
+
     def close(self) -> None:
         self._submitted.clear()

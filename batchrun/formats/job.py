@@ -29,7 +29,7 @@ from batchrun.request import Endpoint, JobLine, LineFault, LineOptions
 
 MAX_LINE_BYTES = 256 << 20
 MAX_CUSTOM_ID = 512  # characters
-MAX_TOKEN_ID = 2**31 - 1
+MAX_TOKEN_ID = MAX_COUNT = 2**31 - 1  # columns of them are int32
 MAX_STOPS = 16
 
 _BLOCK = 1 << 20
@@ -576,7 +576,7 @@ def _integer(low: int, high: int | None = None) -> Callable[[str, Any], int]:
     return check
 
 
-_top_k_as_given = _integer(-1)
+_top_k_as_given = _integer(-1, MAX_COUNT)
 
 
 def _top_k(name: str, value: Any) -> int:
@@ -628,7 +628,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "model": _text,
     "max_tokens": _integer(1),
     "max_completion_tokens": _integer(1),
-    "min_tokens": _integer(0),
+    "min_tokens": _integer(0, MAX_COUNT),
     "temperature": _number(0, 2),
     "top_p": _number(0, 1, low_too=False),
     "top_k": _top_k,

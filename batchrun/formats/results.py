@@ -98,9 +98,9 @@ def error_line(fault: LineFault) -> bytes:
     return _batch_line(fault.custom_id, fault.number, response, None)
 
 
-def unrun_line(custom_id: str, line: int, code: str, message: str) -> bytes:
-    """The line of `errors.jsonl` for a sound line of the job that never ran and never will."""
-    return _batch_line(custom_id, line, None, {"code": code, "message": message})
+def unrun_line(custom_id: str, line: int, code: str, message: str, *, attempts: int = 0) -> bytes:
+    """The line of `errors.jsonl` for a sound line of the job that got no answer and never will."""
+    return _batch_line(custom_id, line, None, {"code": code, "message": message}, attempts=attempts)
 
 
 def read_line_number(raw: bytes) -> tuple[int, str | None]:
@@ -116,9 +116,26 @@ def read_line_number(raw: bytes) -> tuple[int, str | None]:
         code = fault["code"] if fault else None
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError("not a result line: it lacks batchrun.line or response") from error
-    if not isinstance(number, int):
-        raise ValueError("not a result line: batchrun.line is no number")
+    if type(number) is not int or not 1 <= number < 2**63:
+        raise ValueError("not a result line: batchrun.line is no line's number")
+    if code is not None and type(code) is not str:
+        raise ValueError("not an error line: its code is no text")
     return number, code
+
+
+def read_created(raw: bytes) -> int:
+    """When the line of the job that a result line answers was finished, in seconds of Unix time.
+
+    Raises:
+        ValueError: `raw` is not a whole result line.
+    """
+    try:
+        created = orjson.loads(raw)["response"]["body"]["created"]
+    except (KeyError, TypeError) as error:
+        raise ValueError("not a result line: it lacks response.body.created") from error
+    if not isinstance(created, int):
+        raise ValueError("not a result line: response.body.created is no number")
+    return created
 
 
 def _batch_line(

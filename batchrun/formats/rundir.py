@@ -40,6 +40,8 @@ LOCK = "lock"
 # run.json goes first when a run is moved aside: without it, what is left is taken for no run at all.
 RUN_FILES = (RUN, RESULTS, ERRORS, "plan.json", "steps.jsonl", "report.json", "report.html", "run.log", "job.jsonl")
 
+_LOOK_SECONDS = 0.1  # `batchrun status` holds a lock for less when it looks whether anyone does
+
 BYTES_PER_TOKEN = 6  # of answer text: English has 4 to 5, code and most other scripts less than 6
 BYTES_PER_LINE = 700  # of a result line around its text, with a custom_id of some 50 characters
 BYTES_PER_LINE_LEAST = 500  # the same with an empty text, small numbers and one-letter names
@@ -103,6 +105,8 @@ def read_document(path: Path, kind: type[T]) -> T:
     try:
         raw = path.read_bytes()
         version = orjson.loads(raw)["schema_version"]
+        if type(version) is not int:
+            raise ValueError("schema_version is no integer")
         if version != SCHEMA_VERSION:
             raise RunDirError(
                 f"{path} has schema_version {version}; this batchrun reads {SCHEMA_VERSION}",
@@ -254,7 +258,7 @@ class RunFile:
         environment: versions and machine.
 
     Raises:
-        ValueError: a finished run without an exit code or with lines remaining.
+        ValueError: a finished run without an exit code or with lines remaining; an exit code that there is not.
     """
 
     id: str
@@ -273,6 +277,8 @@ class RunFile:
     def __post_init__(self) -> None:
         if self.status.finished and (self.exit_code is None or self.request_counts.remaining):
             raise ValueError(f"a {self.status} run has an exit code and no remaining lines")
+        if self.exit_code is not None:
+            ExitCode(self.exit_code)
 
 
 @dataclass(frozen=True, slots=True)
@@ -402,10 +408,11 @@ class RunDir:
         """Cut a torn last line off both files, and read which lines of the job are done; in bounded memory.
 
         Raises:
-            RunDirError: a line before the last is not sound, or a line of the job is there twice.
+            RunDirError: a line before the last is not sound, a result is among the errors or an error among the
+                results, or a line of the job is there twice.
         """
-        results, _ = _recover_file(self.path / RESULTS)
-        errors, codes = _recover_file(self.path / ERRORS)
+        results, _ = _recover_file(self.path / RESULTS, of_errors=False)
+        errors, codes = _recover_file(self.path / ERRORS, of_errors=True)
         both = np.intersect1d(results, errors)
         if both.size:
             raise _unsound(self.path, f"line {both[0]} of the job is in {RESULTS} and in {ERRORS}")
@@ -444,7 +451,11 @@ def _take_lock(path: Path) -> int:
     with output_errors(path / LOCK):
         lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(_LOOK_SECONDS)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             since = datetime.now(UTC).isoformat(timespec="seconds")
             os.ftruncate(lock, 0)
             os.pwrite(lock, f"{os.getpid()} {socket.gethostname()} {since}\n".encode(), 0)
@@ -702,7 +713,7 @@ def _scan(path: Path) -> Iterator[tuple[int, int, int | None, str | None]]:
             offset += len(raw)
 
 
-def _recover_file(path: Path) -> tuple[npt.NDArray[np.int64], dict[str, int]]:
+def _recover_file(path: Path, *, of_errors: bool) -> tuple[npt.NDArray[np.int64], dict[str, int]]:
     """Cut a torn last line off; the sorted lines of the job that it has, and how often it has each error code."""
     codes: Counter[str] = Counter()
     if not path.exists():
@@ -712,6 +723,8 @@ def _recover_file(path: Path) -> tuple[npt.NDArray[np.int64], dict[str, int]]:
     index = _LineIndex()
     for offset, length, number, code in _scan(path):
         if number is not None:
+            if (code is not None) is not of_errors:
+                raise _unsound(path, f"the line at byte {offset} is {'a result' if of_errors else 'an error'}")
             index.append(number, offset, length)
             codes.update([code] if code is not None else [])
         elif offset + length == size:

@@ -22,7 +22,7 @@ from batchrun.report.markup import (
     warnings,
 )
 from batchrun.report.records import GroupSummary, Report, Seconds
-from batchrun.report.wording import duration, outcome, percent, plural, rate, stages
+from batchrun.report.wording import as_expected, duration, outcome, percent, plural, rate, stages
 
 COLUMNS = 600  # of a chart, at most
 
@@ -113,11 +113,17 @@ def _details(report: Report) -> str:
             "finish reasons",
             ", ".join(f"{name} {count:,}" for name, count in _most_first(report.finish_reasons)) or "–",
         ),
+        *(
+            [("expected", as_expected(report.expected, report.seconds.execute))]
+            if report.expected is not None and report.seconds.execute is not None
+            else []
+        ),
         ("KV memory", f"{plural(kv.pages, 'page')} of {plural(kv.page_size, 'token')}"),
         ("idle rows", f"{report.idle_rows:,}"),
         ("padded rows", f"{report.padded_rows:,}"),
         ("preemptions", f"{report.preemptions:,}"),
         ("steps cut for memory", f"{report.memory_retries:,}"),
+        ("worker restarts", f"{report.worker_restarts:,}"),
         ("prefix evictions", f"{report.prefix_evictions:,}"),
     ]
     environment = [

@@ -236,12 +236,14 @@ class Report:
         request_counts: what became of the lines.
         tokens, saving: what was computed, and the share of prompt tokens that sharing spared.
         seconds, throughput: time and rates; None where unknown.
+        expected: how long the steps were expected to take; None where nothing was run.
         steps: forward passes.
         kv: KV memory.
         idle_rows: places of a step that a finished answer held without work.
         padded_rows: rows computed beyond those of the steps.
         preemptions: sequences put back to be computed again later.
         memory_retries: steps that were computed in parts, because the device had not enough memory for them.
+        worker_restarts: times that the worker was lost and started again.
         prefix_evictions: shared prefixes whose KV was dropped while a reader was still to come.
         finish_reasons: number of answers by reason (`stop`, `length`).
         errors: number of failed lines by code.
@@ -257,12 +259,14 @@ class Report:
     saving: float
     seconds: Seconds
     throughput: Throughput
+    expected: Estimate | None
     steps: int
     kv: KvUse
     idle_rows: int
     padded_rows: int
     preemptions: int
     memory_retries: int
+    worker_restarts: int
     prefix_evictions: int
     finish_reasons: dict[str, int]
     errors: dict[str, int]

@@ -1,4 +1,4 @@
-"""What the terminal shows of a plan, of a run and of bad lines: plain aligned text, at most 80 columns wide.
+"""What the terminal shows of a job, a plan and a run: plain aligned text, at most 80 columns wide.
 
 All that came with a job is escaped and never read as markup.
 """
@@ -16,8 +16,10 @@ from rich.console import Console
 from rich.text import Text
 
 from batchrun.report.plots import Glyphs, course, framed, glyphs, plot
-from batchrun.report.records import KvUse, OrderTried, Report, TokenCounts
+from batchrun.report.records import KvUse, OrderTried, Report, TokenCounts, Warned
 from batchrun.report.wording import (
+    as_expected,
+    check_title,
     duration,
     estimated_from,
     explained,
@@ -29,18 +31,23 @@ from batchrun.report.wording import (
     plan_title,
     plural,
     printable,
+    progress_title,
     rate,
     sharing,
     stages,
+    standing,
+    time_left,
     unlisted,
 )
 from batchrun.request import LineFault
 
 if TYPE_CHECKING:
+    from batchrun.check import Checked
     from batchrun.formats.plan import PlanFile
     from batchrun.pipeline import Planned
     from batchrun.prefix.doctor import Diagnosis
     from batchrun.prefix.explain import Explanation, SharedRuns
+    from batchrun.status import RunProgress
 
 WIDTH = 80
 
@@ -49,6 +56,7 @@ _RUNS_IN_PLAN, _GROUPS_IN_SUMMARY = 12, 3
 _PLOT_WIDTH, _PLOT_HEIGHT = 64, 5
 _TOO_LARGE = "context_length_exceeded"
 _CODES_SHOWN = 6
+_FAULTS_IN_CHECK = 20
 _WARNINGS_SHOWN = 5
 
 
@@ -78,6 +86,8 @@ def print_summary(console: Console, report: Report, run_dir: Path) -> None:
     counts, seconds, throughput = report.request_counts, report.seconds, report.throughput
     style = "bold red" if counts.failed else "bold yellow" if counts.remaining else "bold green"
     times = [_Row(duration(spent), stage) for stage, spent in stages(seconds)]
+    if report.expected is not None and seconds.execute is not None and not counts.remaining:
+        times.append(_Row("", as_expected(report.expected, seconds.execute)))
     if seconds.total is not None:
         times.append(_Row(duration(seconds.total), "total"))
     rates = (
@@ -93,10 +103,7 @@ def print_summary(console: Console, report: Report, run_dir: Path) -> None:
         _Row(f"{group.requests:,}", f"requests share their first {plural(group.prefix_tokens, 'token')}")
         for group in report.groups[:_GROUPS_IN_SUMMARY]
     ]
-    warnings = [
-        _Row(f"{warned.count:,}", printable(f"{warned.code}: {warned.message}", limit=240))
-        for warned in report.warnings[:_WARNINGS_SHOWN]
-    ]
+    warnings = _warning_rows(report.warnings[:_WARNINGS_SHOWN])
     if (more := len(report.warnings) - _WARNINGS_SHOWN) > 0:
         warnings.append(_Row("", f"and {plural(more, 'more warning')} in report.html"))
     files = ["results.jsonl", "errors.jsonl", "report.html"] if counts.failed else ["results.jsonl", "report.html"]
@@ -190,14 +197,81 @@ def _print_diagnosis(console: Console, diagnosis: Diagnosis) -> None:
         _print_hanging(console, Text(), nothing_found(diagnosis))
 
 
-def print_faults(console: Console, faults: Sequence[LineFault], limit: int = 10, *, more_in: str | None = None) -> None:
+def print_check(console: Console, checked: Checked) -> None:
+    """Show what a check of a job found: figures, then the first bad lines."""
+    lengths = checked.lengths
+    prompts = []
+    if lengths is not None:
+        prompts = [
+            _Row(f"{lengths.total:,}", f"tokens in {plural(lengths.requests, 'prompt')}"),
+            _Row(f"{lengths.shortest:,}", "in the shortest"),
+            _Row(f"{lengths.median:,.1f}".removesuffix(".0"), "in the median"),
+            _Row(f"{lengths.longest:,}", f"in the longest; the context has {lengths.max_context:,}"),
+            _Row(f"{lengths.too_long:,}", "too long: the prompt leaves no room for an answer"),
+        ]
+    models = _count_rows(checked.models)
+    if checked.other_model is not None and models:
+        models.append(_Row(f"{checked.other_model:,}", f"other than {printable(str(checked.model), limit=200)}"))
+    _print_hanging(console, Text(), check_title(checked), "bold yellow" if checked.faults else "bold green")
+    if checked.total:
+        _print(console, Text())
+        _print_sections(
+            console,
+            [
+                _Section("Lines", [_Row(f"{checked.sound:,}", "can run"), _Row(f"{len(checked.faults):,}", "bad")]),
+                _Section("Errors", _count_rows(checked.errors), "red"),
+                _Section("Models", models),
+                _Section("Prompts", prompts),
+                _Section("Warnings", _warning_rows(checked.warnings), "yellow"),
+            ],
+        )
+    if checked.faults:
+        _print(console, Text())
+        print_faults(console, checked.faults, _FAULTS_IN_CHECK, more_in="--json", ids=True)
+
+
+def print_status(console: Console, progress: RunProgress) -> None:
+    """Show how far a run is."""
+    styles = {"running": "bold", "finished": "bold green", "unknown": "bold yellow", "stopped": "bold yellow"}
+    times = []
+    if progress.seconds is not None:
+        until = "to its end" if progress.state == "finished" else "until now"
+        times.append(_Row(duration(progress.seconds), f"from its latest start {until}"))
+    if progress.state != "finished" and progress.last_result_at is not None:
+        times.append(_Row(duration(max(progress.looked_at - progress.last_result_at, 0)), "since its latest result"))
+    left = time_left(progress)
+    if left is not None:
+        times.append(_Row(*left))
+    speeds = []
+    if progress.recent_results_per_second is not None and progress.recent_seconds is not None:
+        words = f"results/s in the last {duration(progress.recent_seconds)}"
+        speeds.append(_Row(rate(progress.recent_results_per_second), words))
+    if progress.results_per_second is not None:
+        speeds.append(_Row(rate(progress.results_per_second), "results/s since its latest start, loading included"))
+    _print_hanging(console, Text(), progress_title(progress), styles.get(progress.state, "bold red"))
+    _print(console, Text())
+    _print_sections(
+        console,
+        [
+            _Section("Process", [_Row("", printable(standing(progress), limit=1000))]),
+            _Section("Time", times),
+            _Section("Speed", speeds),
+            _Section("Errors", _count_rows(progress.errors), "red"),
+        ],
+    )
+
+
+def print_faults(
+    console: Console, faults: Sequence[LineFault], limit: int = 10, *, more_in: str | None = None, ids: bool = False
+) -> None:
     """Show the bad lines of a job, the first `limit` of them; nothing where there are none.
 
     Args:
         console: where to.
         faults: the bad lines.
         limit: how many to show.
-        more_in: the file that has the others too, where there is one.
+        more_in: what has the others too, where there is something.
+        ids: whether to show the custom_id of lines that have one.
     """
     if not faults:
         return
@@ -206,7 +280,9 @@ def print_faults(console: Console, faults: Sequence[LineFault], limit: int = 10,
     digits = max((len(str(fault.number)) for fault in shown), default=0)
     for fault in shown:
         head = Text(f"  line {fault.number:>{digits}}  ")
-        _print_hanging(console, head, printable(f"{fault.code}: {fault.message}"))
+        named = ids and fault.custom_id != f"line-{fault.number}"
+        custom_id = f"{printable(fault.custom_id, limit=60)}: " if named else ""
+        _print_hanging(console, head, custom_id + printable(f"{fault.code}: {fault.message}"))
     if len(faults) > len(shown):
         place = f" in {more_in}" if more_in is not None else ""
         _print_hanging(console, Text("  "), printable(f"and {len(faults) - len(shown):,} more{place}"))
@@ -234,6 +310,10 @@ def _count_rows(counts: Mapping[str, int]) -> list[_Row]:
     if rest := ranked[cut:]:
         rows.append(_Row(f"{sum(count for _, count in rest):,}", f"of {len(rest):,} other kinds"))
     return rows
+
+
+def _warning_rows(warnings: Iterable[Warned]) -> list[_Row]:
+    return [_Row(f"{warned.count:,}", printable(f"{warned.code}: {warned.message}", limit=240)) for warned in warnings]
 
 
 def _print_sections(console: Console, sections: Iterable[_Section]) -> None:

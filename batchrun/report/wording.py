@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 from batchrun.report.records import Estimate, RequestCounts, Seconds
 
 if TYPE_CHECKING:
+    from batchrun.check import Checked
     from batchrun.formats.plan import PlanFile
     from batchrun.pipeline import Planned
     from batchrun.prefix.doctor import Diagnosis, Finding
     from batchrun.prefix.explain import ExplainedRequest, Explanation, SharedRuns
+    from batchrun.status import RunProgress
 
 STAGES = ("load", "tokenize", "plan", "execute")
 
@@ -224,3 +226,67 @@ def _explained(request: ExplainedRequest) -> list[tuple[str, str, str]]:
         ("KV", rate(whole), f"in all, of {size(request.page_bytes)} each"),
     ]
     return rows
+
+
+# --- checks and runs in progress ---
+
+
+def check_title(checked: Checked) -> str:
+    """What a check found, in one line."""
+    if not checked.total:
+        return "The job has no requests: every line is blank, or there is none."
+    if not checked.faults:
+        return "All lines can run." if checked.total > 1 else "The line can run."
+    return f"{len(checked.faults):,} of {plural(checked.total, 'line')} cannot run."
+
+
+def progress_title(progress: RunProgress) -> str:
+    """How far a run is, in one line: "Running, 25.0 %: 120 of 480 requests answered, 0 failed, 360 remaining"."""
+    names = {
+        "running": "Running",
+        "finished": progress.status.capitalize(),
+        "stopped": "Stopped early",
+        "died": "Killed or crashed",
+        "unknown": "In progress or lost",
+    }
+    counts = progress.request_counts
+    done = f", {percent((counts.completed + counts.failed) / counts.total)}" if counts.remaining else ""
+    return f"{names[progress.state]}{done}: {outcome(counts)}"
+
+
+def standing(progress: RunProgress) -> str:
+    """What has become of the process of a run, and what to do."""
+    process = progress.process
+    who = f"process {process.pid} on {process.host}" if process is not None else "its process"
+    since = f" since {process.since}" if process is not None else ""
+    match progress.state:
+        case "running":
+            doing = {"in_progress": "works on it", "finalizing": "writes its report"}
+            return f"{who} {doing.get(progress.status, 'starts it again')}, and has its lock{since}"
+        case "finished":
+            return f"it has ended, with exit code {progress.exit_code}"
+        case "stopped":
+            return f"it has ended early, with exit code {progress.exit_code}; the same command goes on with the run"
+        case "died":
+            return f"{who} was killed or crashed; the same command goes on with the run"
+        case _:
+            if process is None:
+                return "there is no lock to be read, so that nobody can tell whether a process works on it"
+            return f"{who} has worked on it{since}; whether it lives cannot be told from here"
+
+
+def time_left(progress: RunProgress) -> tuple[str, str] | None:
+    """How long a run will still take, as a figure and words; None where nothing of it remains or nobody works on it."""
+    if progress.results_per_second is None or not progress.request_counts.remaining:
+        return None
+    if progress.seconds_left is not None and progress.recent_seconds is not None:
+        return duration(progress.seconds_left), f"left, at the rate of the last {duration(progress.recent_seconds)}"
+    if progress.recent_seconds is None:
+        return "", "it is too early to tell how much is left"
+    return "", f"no result in the last {duration(progress.recent_seconds)}, so nobody can tell how much is left"
+
+
+def as_expected(expected: Estimate, execute: float) -> str:
+    """Expected beside measured: "expected 480 ms; at the device's peaks 210 ms, 43 % of it"."""
+    bound = f"at the device's peaks {duration(expected.bound)}"
+    return f"expected {duration(expected.seconds)}; {bound}, {percent(expected.bound / execute)} of it"

@@ -9,7 +9,7 @@ admitted when a step has rows for it and the pages booked in no coming step exce
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -154,6 +154,8 @@ class Scheduler:
         self._probing = plan.probe  # answers still to come before the rest is ordered by what they teach
         self._ahead: deque[_Candidate] = deque()  # the requests in the order from this place on
         self._preempted: deque[int] = deque()  # slots, to be admitted again before any new request
+        self._held: list[int] = []  # slots that wait and are not to be admitted yet
+        self._confined = False  # whether only those in `_preempted` may be admitted
         self._lost: dict[int, int] = {}  # by rank, tokens computed for nothing of sequences that are not there now
         self._advancing = np.empty(0, dtype=np.int32)  # slots with something to compute, in order of admission
         self._releases: list[int] = []
@@ -162,7 +164,16 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """Requests not under way yet."""
-        return self._order.size - self._next + len(self._preempted)
+        return self._order.size - self._next + len(self._preempted) + len(self._held)
+
+    @property
+    def done(self) -> bool:
+        """Whether every request has its answer, or gets none."""
+        return not self.num_waiting and not self._under_way().size
+
+    @property
+    def _may_admit(self) -> bool:
+        return bool(self._preempted) or (not self._confined and self._next < self._order.size)
 
     def schedule(self) -> Step | None:
         """The next step; None when every request has its answer, or nothing can go on before the next `update()`."""
@@ -171,7 +182,7 @@ class Scheduler:
         while not self._reserve_pages(slots, length):
             slots, length = self._fill()
         if not slots.size:
-            if self.num_waiting and self._updates == self._steps:
+            if self._may_admit and self._updates == self._steps:
                 raise AssertionError("requests wait and none can be admitted")
             return None
         return self._make_step(slots, length)
@@ -194,6 +205,8 @@ class Scheduler:
         current = seqs.request[slots] == step.request[step.samples]
         if not current.all():
             self.counters.idle_rows += int((~current).sum())
+        current &= token_ids >= 0  # what could not be sampled is as if it had not been tried
+        if not current.all():
             slots, nth, token_ids, ended = (column[current] for column in (slots, nth, token_ids, ended))
         stops = ended if watch is None else ended | watch(seqs.request[slots].astype(np.int32), token_ids, ended)
         seqs.sampled[slots, nth] = token_ids
@@ -218,6 +231,51 @@ class Scheduler:
             self._book_longer(outgrown)
         return finished
 
+    # After a crash --------------------------------------------------------------------------------------------
+
+    def requests_under_way(self) -> Int32:
+        """Requests that have begun, and whose answer is not there yet."""
+        slots = np.array([*self._under_way().tolist(), *self._preempted, *self._held], dtype=np.int32)
+        return self.sequences.request[slots].astype(np.int32)
+
+    def requests_in_steps(self) -> Int32:
+        """Of these, the ones that steps are made of."""
+        return self.sequences.request[self._under_way()].astype(np.int32)
+
+    def restart(self) -> None:
+        """Go on from nothing: all that was computed is gone, and the steps in flight are lost. Requests keep the tokens
+        that they got, and wait to be computed again, in the order in which they were admitted."""
+        seqs = self.sequences
+        under_way = self._under_way()
+        begun = np.array([*under_way.tolist(), *self._preempted, *self._held], dtype=np.int32)
+        places = np.arange(seqs.sampled.shape[1]) < seqs.num_sampled[begun][:, None]
+        seqs.num_sampled[begun] = ((seqs.sampled[begun] >= 0) & places).sum(axis=1)
+        seqs.num_tokens[begun] = seqs.num_prompt[begun] + seqs.num_sampled[begun]
+        for slot in under_way[np.argsort(-seqs.admitted[under_way])].tolist():
+            self._put_back(slot)
+        for slot in self._slot_of_group[self._slot_of_group >= 0].tolist():
+            self._drop_prefix(slot)
+        self._releases, self._grants = [], []
+        self._updates = self._steps
+
+    def confine(self, requests: Collection[int] | None) -> None:
+        """After a restart, let only these requests go on, of those that wait; None: all of them again."""
+        waiting = [*self._preempted, *self._held]
+        self._confined = requests is not None
+        wanted = [requests is None or int(self.sequences.request[slot]) in requests for slot in waiting]
+        self._preempted = deque(slot for slot, want in zip(waiting, wanted, strict=True) if want)
+        self._held = [slot for slot, want in zip(waiting, wanted, strict=True) if not want]
+
+    def drop(self, requests: Collection[int]) -> None:
+        """Leave out requests that have begun: they get no answer."""
+        begun = [*self._under_way().tolist(), *self._preempted, *self._held]
+        leaving = [slot for slot in begun if int(self.sequences.request[slot]) in requests]
+        self._advancing = self._advancing[~np.isin(self._advancing, leaving)]
+        for slot in leaving:
+            self._leave(slot)
+        if self._probing:
+            self._learn_order(np.array(sorted(requests)))
+
     def _learn_order(self, finished: npt.NDArray[np.int_]) -> None:
         """Once the probe has its answers, order what has not begun by the lengths that they show."""
         probe = self._plan.order[: self._plan.probe]
@@ -233,7 +291,7 @@ class Scheduler:
     def _admit(self) -> None:
         """Let requests in while the step has rows for them and, grown to their expected lengths, all under way fits
         into the pool in every coming step; alone, anything may run."""
-        if not self.num_waiting:
+        if not self._may_admit:
             return
         seqs = self.sequences
         left = seqs.num_tokens[self._advancing] - seqs.num_computed[self._advancing]
@@ -241,7 +299,7 @@ class Scheduler:
         under_way = int((seqs.request[self._advancing] >= 0).sum())
         room = self._step_tokens - int(decodes.sum()) - int(left[~decodes].sum())
         entering: list[int] = []
-        while room > 0 and self.num_waiting:
+        while room > 0 and self._may_admit:
             candidate = self._peek()
             path = self._path(candidate.group)
             missing = [group for group in path if self._slot_of_group[group] < 0]
@@ -523,6 +581,9 @@ class Scheduler:
     def _evict(self, slot: int) -> None:
         """Give back the pages of a prefix that nobody reads at the moment; it is computed again when needed."""
         self.counters.prefix_evictions += 1
+        self._drop_prefix(slot)
+
+    def _drop_prefix(self, slot: int) -> None:
         self._again(slot)
         self._slot_of_group[self.sequences.group[slot]] = -1
         self._release(slot)
@@ -530,15 +591,18 @@ class Scheduler:
 
     def _preempt(self, slot: int) -> None:
         """Give back the pages of a request under way; it waits, keeps what it sampled, and is computed again."""
-        seqs = self.sequences
         self.counters.preemptions += 1
+        self._put_back(slot)
+        self.lengths.widen()
+
+    def _put_back(self, slot: int) -> None:
+        seqs = self.sequences
         self._again(slot)
         seqs.num_computed[slot] = 0
         self._release(slot)
         seqs.readers[self._slot_of_group[self._path(int(seqs.parent[slot]))]] -= 1
         self._unbook(slot)
         self._preempted.appendleft(slot)
-        self.lengths.widen()
 
     def _again(self, slot: int) -> None:
         """A sequence stops advancing; what it has computed is computed a second time when it is let in again."""
@@ -551,8 +615,8 @@ class Scheduler:
         if not slots.size:
             return []
         finished = []
-        columns = (slots, stops, ended, seqs.request[slots], sampled, seqs.depth[slots], seqs.num_computed[slots])
-        for slot, stop, by_token, request, tokens, depth, computed in zip(*(c.tolist() for c in columns), strict=True):
+        columns = (slots, stops, ended, seqs.request[slots], sampled, seqs.depth[slots])
+        for slot, stop, by_token, request, tokens, depth in zip(*(c.tolist() for c in columns), strict=True):
             finished.append(
                 Finished(
                     request=request,
@@ -562,24 +626,33 @@ class Scheduler:
                     cached_tokens=depth,
                 )
             )
-            path = self._path(int(seqs.parent[slot]))
-            if computed:
-                self._unbook(slot)
-                self._release(slot)
-                seqs.readers[self._slot_of_group[path]] -= 1
-            else:  # preempted while the step that sampled its last token was under way
-                self._preempted.remove(slot)
-            seqs.remove(slot)
-            self._to_come[path] -= 1
-            for group in path:
-                prefix = int(self._slot_of_group[group])
-                if self._to_come[group] == 0 and prefix >= 0:
-                    self._book_prefix(group, prefix, self._steps)
-                    self._slot_of_group[group] = -1
-                    self._release(prefix)
-                    seqs.remove(prefix)
-                    self._paths.pop(group, None)
+            self._leave(slot)
         return finished
+
+    def _leave(self, slot: int) -> None:
+        """A request under way, or that waits to go on, is gone; so are prefixes that none will read."""
+        seqs = self.sequences
+        path = self._path(int(seqs.parent[slot]))
+        if slot in self._preempted:  # it may be, while the step that samples its last token is under way
+            self._preempted.remove(slot)
+        elif slot in self._held:
+            self._held.remove(slot)
+        else:
+            self._unbook(slot)
+            self._release(slot)
+            seqs.readers[self._slot_of_group[path]] -= 1
+        self._lost.pop(int(seqs.rank[slot]), None)
+        seqs.remove(slot)
+        self._to_come[path] -= 1
+        for group in path:
+            prefix = int(self._slot_of_group[group])
+            if self._to_come[group] == 0 and prefix >= 0:
+                self._book_prefix(group, prefix, self._steps)
+                self._slot_of_group[group] = -1
+                self._release(prefix)
+                self._advancing = self._advancing[self._advancing != prefix]  # it may not be complete
+                seqs.remove(prefix)
+                self._paths.pop(group, None)
 
     def _release(self, slot: int) -> None:
         """Return the pages of a sequence to the pool; workers learn of it with the next step."""

@@ -148,7 +148,7 @@ class StepOutput:
     """What a worker gives back for a step, in the order of its sampling chunks.
 
     Attributes:
-        token_ids: int32 `[S]`, the sampled tokens.
+        token_ids: int32 `[S]`, the sampled tokens; -1 where the logits were no numbers.
         ended: bool `[S]`, whether the token ends the answer by itself (end of text or a stop token; it is then not
             part of the answer).
         seconds: time the step took on the device.

@@ -17,6 +17,7 @@ from rich.console import Console
 from batchrun.prefix.doctor import CAUSES, Diagnosis, Finding
 from batchrun.prefix.explain import PrefixRead, SharedRuns
 from batchrun.report.records import (
+    Estimate,
     GroupSummary,
     KvUse,
     OrderTried,
@@ -43,12 +44,14 @@ def a_report(**changes) -> Report:
         saving=TOKENS.saving,
         seconds=Seconds(total=250.3, load=1.23, tokenize=0.31, plan=0.048, execute=247.2),
         throughput=Throughput(1.94, 1019.3, 31.07),
+        expected=None,
         steps=1204,
         kv=KV,
         idle_rows=5,
         padded_rows=12,
         preemptions=3,
         memory_retries=2,
+        worker_restarts=4,
         prefix_evictions=1,
         finish_reasons={"stop": 470, "length": 8},
         errors={"empty_prompt": 1, "context_length_exceeded": 1},
@@ -76,6 +79,15 @@ def assert_plain_and_narrow(text: str) -> None:
         assert cell_len(line) <= 80, line
         assert line.isprintable(), line
         assert line == line.rstrip()
+
+
+def test_the_summary_of_a_finished_run_has_what_was_expected_beside_what_was_measured():
+    expected = Estimate(210.0, 190.0, 240.0, 61.8, 30.0, "cpu", "here", calibrated=True, requests=478)
+    text = shown(print_summary, a_report(expected=expected), Path("a.run"))
+    assert "expected 3 min 30 s; at the device's peaks 1 min 2 s, 25.0 % of it" in text
+    assert_plain_and_narrow(text)
+    stopped = a_report(expected=expected, request_counts=RequestCounts(480, 470, 2, 8))
+    assert "expected" not in shown(print_summary, stopped, Path("a.run"))
 
 
 def test_the_summary_says_the_outcome_first_and_has_every_figure():

@@ -1,0 +1,143 @@
+"""Looks a job over before it is run: what is wrong with its lines and, where a model is named, how long its prompts
+are."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from batchrun.config import RunConfig
+from batchrun.errors import ExitCode, UsageError
+from batchrun.formats.job import JobSource, lint_job, open_job, read_job, spool_stdin
+from batchrun.intake import Intake, read_requests
+from batchrun.prepare import limit_warnings, lint_warnings, mismatches
+from batchrun.report.records import Warned
+from batchrun.request import JobLine, LineFault
+from batchrun.subject import Subject
+from batchrun.tokenizer import load_tokenizer
+
+TOO_LONG = "context_length_exceeded"
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Prompt tokens of the requests that can run; without one, all are 0.
+
+    Attributes:
+        requests: how many there are.
+        shortest, median, longest: of a prompt.
+        total: of all prompts.
+        max_context: longest prompt and answer together that the model takes.
+        too_long: lines whose prompt leaves no room for an answer in it.
+    """
+
+    requests: int
+    shortest: int
+    median: float
+    longest: int
+    total: int
+    max_context: int
+    too_long: int
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What `batchrun check` found.
+
+    Attributes:
+        total: lines of the job, blank ones not counted; `sound` and bad ones.
+        sound: lines that can run.
+        errors: bad lines by code.
+        faults: why each bad line cannot run, in file order.
+        models: sound lines by the model that they name.
+        model: the one that was named for the check, or None.
+        other_model: lines that name another one; None without a model.
+        unknown_fields: sound lines by the unknown fields that they have.
+        lengths: of the prompts; None without a model.
+        warnings: what a person should know, each kind once.
+    """
+
+    total: int
+    sound: int
+    errors: dict[str, int]
+    faults: list[LineFault]
+    models: dict[str, int]
+    model: str | None
+    other_model: int | None
+    unknown_fields: dict[str, int]
+    lengths: Lengths | None
+    warnings: list[Warned]
+
+    @property
+    def exit_code(self) -> ExitCode:
+        if not self.sound:
+            return ExitCode.NOTHING_RUNNABLE
+        return ExitCode.SOME_FAILED if self.faults else ExitCode.OK
+
+
+def check_job(job: str, config: RunConfig | None = None, *, limit: int | None = None) -> Checked:
+    """Check a job: what `batchrun check` does. Loads no torch, and writes nothing.
+
+    Args:
+        job: path of the job, or `-` for standard input.
+        config: with the model whose tokens are counted; without one, only the lines are read.
+        limit: look at this many lines from the top only.
+
+    Raises:
+        UsageError: the job, or what `config` names, is missing or wrong.
+    """
+    if limit is not None and limit < 1:
+        raise UsageError(f"--limit: limit = {limit} is wrong: it must be at least 1.")
+    subject = Subject.resolve(config, weights=False) if config is not None else None
+    if job != "-":
+        return _check(open_job(job), config, subject, limit)
+    with TemporaryDirectory(prefix="batchrun-") as folder:
+        return _check(spool_stdin(Path(folder) / "standard-input", sys.stdin.buffer), config, subject, limit)
+
+
+def _check(source: JobSource, config: RunConfig | None, subject: Subject | None, limit: int | None) -> Checked:
+    lint = lint_job(source, limit)
+    faults = lint.faults
+    warnings = lint_warnings(lint, subject)
+    lengths = other_model = None
+    if config is not None and subject is not None:
+        mismatch = mismatches(lint, subject)
+        other_model = mismatch.count if mismatch is not None else 0
+        lines = (item for item in islice(read_job(source), limit) if isinstance(item, JobLine))
+        tokenizer = load_tokenizer(subject.model.path, config.chat_template)
+        intake = read_requests(lines, tokenizer, subject.spec, subject.generation_config, config)
+        faults = sorted([*faults, *intake.faults], key=lambda fault: fault.number)
+        warnings += limit_warnings(intake.silent, intake.clipped)
+        lengths = _lengths(intake, subject.spec.max_context)
+    return Checked(
+        total=lint.total,
+        sound=lint.total - len(faults),
+        errors=dict(Counter(fault.code for fault in faults)),
+        faults=faults,
+        models=dict(lint.models),
+        model=subject.name if subject is not None else None,
+        other_model=other_model,
+        unknown_fields=dict(lint.unknown_fields),
+        lengths=lengths,
+        warnings=warnings,
+    )
+
+
+def _lengths(intake: Intake, max_context: int) -> Lengths:
+    lengths = intake.requests.tokens.lengths
+    there_are = lengths.size > 0
+    return Lengths(
+        requests=int(lengths.size),
+        shortest=int(lengths.min()) if there_are else 0,
+        median=float(np.median(lengths)) if there_are else 0.0,
+        longest=int(lengths.max()) if there_are else 0,
+        total=int(lengths.sum(dtype=np.int64)),
+        max_context=max_context,
+        too_long=sum(fault.code == TOO_LONG for fault in intake.faults),
+    )

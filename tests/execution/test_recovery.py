@@ -1,0 +1,176 @@
+"""Requests that bring the worker down are found and left out; all others get the answers that they get alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import DEAR_ROWS, ContextWorker, answer, make_requests
+
+from batchrun.errors import BatchrunError
+from batchrun.execution.loop import run_loop
+from batchrun.execution.recovery import Recovery
+from batchrun.execution.worker import WorkerLost
+from batchrun.planning.memory import MemoryBudget
+from batchrun.planning.planner import Plan, PlanOptions, make_plan, pages_needed
+from batchrun.prefix.forest import build_forest
+from batchrun.request import Requests
+from batchrun.schedule.scheduler import Finished, Scheduler
+from batchrun.schedule.step import Step, StepOutput
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What a request brings about: a crash or logits that are no numbers, from its n-th sampled token on; or in as many
+    steps as there are `times`."""
+
+    kind: str
+    sampled: int
+    times: int | None = None
+
+
+class FaultyWorker(ContextWorker):
+    """Is lost, or gives no numbers, when some requests are in a step."""
+
+    def __init__(self, requests: Requests, page_size: int, pages: int, faults: dict[int, Fault]) -> None:
+        super().__init__(requests, page_size, pages)
+        self.faults = faults
+        self.met = dict.fromkeys(faults, 0)
+        self.lost = 0
+
+    def strikes(self, step: Step, kind: str) -> list[int]:
+        """Requests of the step with a fault of the kind that strikes now; only rows that sample give numbers."""
+        struck = []
+        there = step.samples if kind == "numbers" else np.ones(step.request.size, dtype=bool)
+        for request, sampled in zip(step.request[there].tolist(), step.num_sampled[there].tolist(), strict=True):
+            fault = self.faults.get(request)
+            if fault is None or fault.kind != kind or sampled < fault.sampled:
+                continue
+            if fault.times is None or self.met[request] < fault.times:
+                self.met[request] += 1
+                struck.append(request)
+        return struck
+
+    def collect(self) -> StepOutput:
+        step = self.under_way[0]
+        if self.strikes(step, "crash"):
+            self.lost += 1
+            raise WorkerLost("crashed")
+        output = super().collect()
+        for request in self.strikes(step, "numbers"):
+            output.token_ids[step.request[step.samples] == request] = -1
+            self.sampled[request].pop()
+        return output
+
+
+def plan_of(requests: Requests, page_size: int, extra: int, step_tokens: int) -> Plan:
+    forest, options = build_forest(requests.tokens), PlanOptions("dfs", "tree", step_tokens)
+    plan = make_plan(requests, forest, DEAR_ROWS, MemoryBudget(page_size, 1, 1, 0), options)
+    pages = int(pages_needed(plan.groups, requests, plan.budget).max()) + extra
+    return make_plan(requests, forest, DEAR_ROWS, MemoryBudget(page_size, pages, 1, 0), options)
+
+
+jobs = st.lists(
+    st.tuples(st.lists(st.integers(0, 2), min_size=1, max_size=10), st.integers(1, 8)), min_size=1, max_size=16
+)
+
+
+@given(
+    job=jobs,
+    page_size=st.sampled_from([1, 4]),
+    extra=st.integers(0, 30),
+    step_tokens=st.integers(1, 30),
+    depth=st.sampled_from([1, 2]),
+    data=st.data(),
+)
+@settings(max_examples=400, deadline=None)
+def test_those_at_fault_are_left_out_and_no_other(
+    job: list[tuple[list[int], int]], page_size: int, extra: int, step_tokens: int, depth: int, data: st.DataObject
+) -> None:
+    requests = make_requests([p for p, _ in job], [n for _, n in job], ignore_eos=True)
+    faults = data.draw(
+        st.dictionaries(
+            st.integers(0, len(job) - 1),
+            st.builds(Fault, st.sampled_from(["crash", "numbers"]), st.integers(0, 4), st.sampled_from([None, 1])),
+            max_size=3,
+        )
+    )
+    plan = plan_of(requests, page_size, extra, step_tokens)
+    worker = FaultyWorker(requests, page_size, plan.budget.pages, faults)
+    scheduler = Scheduler(plan, requests, depth=depth)
+    finished: list[Finished] = []
+    left_out: dict[int, str] = {}
+    recovery = Recovery(scheduler, lambda request, attempts, cause: left_out.update({request: cause}))
+    end = run_loop(scheduler, worker, on_finished=finished.append, recovery=recovery)
+
+    assert not end.stopped
+    # A fault strikes only where the request samples so many tokens.
+    lasting = {r for r, fault in faults.items() if fault.times is None and fault.sampled < job[r][1]}
+    assert set(left_out) == lasting
+    assert sorted([*(f.request for f in finished), *left_out]) == list(range(len(job)))
+    for f in finished:
+        assert f.token_ids.tolist() == answer(*job[f.request], None)
+    assert scheduler.pool.num_used == 0
+    assert (recovery.crashes > 0) == any(worker.met.values())
+    for request, cause in left_out.items():
+        assert ("crashed" if faults[request].kind == "crash" else "not numbers") in cause
+
+
+def test_one_crash_in_a_thousand_costs_little() -> None:
+    """Three of 500 requests, found in some ten crashes each; what others have sampled is not sampled again."""
+    requests = make_requests([[i % 7, i % 11, i] for i in range(500)], [6] * 500, ignore_eos=True)
+    plan = plan_of(requests, 4, 2000, 512)
+    worker = FaultyWorker(requests, 4, plan.budget.pages, {r: Fault("crash", 2) for r in (17, 250, 499)})
+    scheduler = Scheduler(plan, requests)
+    left_out: list[int] = []
+    recovery = Recovery(scheduler, lambda request, attempts, cause: left_out.append(request))
+    run_loop(scheduler, worker, recovery=recovery)
+    assert sorted(left_out) == [17, 250, 499]
+    assert recovery.crashes == worker.lost <= 3 * 12
+    assert scheduler.counters.sampled == 497 * 6 + 3 * 2
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_worker_that_is_lost_again_and_again_ends_the_run(depth: int) -> None:
+    """Nothing can be done about a device that is broken; what is finished stays."""
+    requests = make_requests([[i] for i in range(300)], [4] * 300, ignore_eos=True)
+    plan = plan_of(requests, 4, 600, 512)
+    worker = FaultyWorker(requests, 4, plan.budget.pages, {r: Fault("crash", 0) for r in range(300)})
+    scheduler = Scheduler(plan, requests, depth=depth)
+    recovery = Recovery(scheduler, lambda request, attempts, cause: None)
+    with pytest.raises(BatchrunError, match="lost 32 times") as caught:
+        run_loop(scheduler, worker, recovery=recovery)
+    assert "crashed" in caught.value.message
+
+
+def test_without_recovery_a_lost_worker_ends_the_loop() -> None:
+    requests = make_requests([[1]], [2], ignore_eos=True)
+    plan = plan_of(requests, 4, 4, 16)
+    worker = FaultyWorker(requests, 4, plan.budget.pages, {0: Fault("crash", 1)})
+    with pytest.raises(WorkerLost, match="crashed"):
+        run_loop(Scheduler(plan, requests), worker)
+
+
+def test_no_token_of_a_step_that_was_lost_is_kept() -> None:
+    """Both steps in flight are gone: the requests are where they were two steps before."""
+    requests = make_requests([[1, 2], [3]], [5, 5], ignore_eos=True)
+    plan = plan_of(requests, 4, 4, 16)
+    scheduler, worker = Scheduler(plan, requests, depth=2), ContextWorker(requests, 4, plan.budget.pages)
+    first = scheduler.schedule()
+    second = scheduler.schedule()
+    assert first is not None
+    assert second is not None
+    worker.submit(first)
+    scheduler.update(first, worker.collect())
+    assert scheduler.schedule() is not None
+    scheduler.restart()
+    assert scheduler.pool.num_used == 0
+    again = scheduler.schedule()
+    assert again is not None
+    assert again.length.tolist() == [3, 2]  # the prompt and the one token that is certain
+    assert again.num_sampled.tolist() == [1, 1]
+    assert np.array_equal(np.sort(again.request), [0, 1])
+    assert (again.token_ids >= 0).all()
