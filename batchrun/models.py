@@ -135,7 +135,7 @@ def _shipped(kind: str) -> dict[str, Path]:
 
 
 def _toml_files(folder: Path) -> dict[str, Path]:
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+    return dict(sorted((path.stem, path) for path in folder.glob("*.toml")))
 
 
 def _local(

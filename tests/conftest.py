@@ -32,3 +32,13 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> ModelFactory:
         return made[key]
 
     return get
+
+
+@pytest.fixture(autouse=True)
+def shared_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine lives in the process of the tests, where torch is loaded once, but for tests marked `own_process` and for
+    runs that are processes themselves."""
+    if "own_process" not in request.keywords:
+        from batchrun import pipeline
+
+        monkeypatch.setattr(pipeline, "RemoteEngine", lambda build, step_timeout: build())

@@ -14,6 +14,7 @@ from batchrun import pipeline
 from batchrun.errors import BatchrunError, ExitCode
 from batchrun.formats.rundir import RunFile, read_document
 
+pytestmark = pytest.mark.own_process
 KINDS = ["segfault", "device", "hang", "memory", "nan"]
 
 

@@ -71,7 +71,9 @@ VALUES = st.recursive(
     max_leaves=5,
 )
 KEYS = (
-    st.sampled_from(keys()) | st.text(max_size=6).map(toml) | st.sampled_from(["max-tokens", "sampling.top-k", "'a b'"])
+    st.sampled_from([key for key in keys() if key != "model"])
+    | st.text(max_size=6).map(toml)
+    | st.sampled_from(["max-tokens", "sampling.top-k", "'a b'"])
 )
 
 
@@ -98,20 +100,20 @@ def test_a_mutated_file_is_a_configuration_or_a_usage_error(tmp_path, part):
     law()
 
 
-@parts(slow=3)
+@parts(slow=4)
 def test_any_values_are_a_configuration_or_a_usage_error(tmp_path, part):
-    @repeatable(part, 3000)
+    @repeatable(part, 2000)
     @given(st.dictionaries(KEYS, VALUES, min_size=1, max_size=3))
     def law(settings):
         config = check(tmp_path / "c.toml", "".join(f"{k} = {toml(v)}\n" for k, v in settings.items()).encode())
         if config is not None:  # what it has is what was said
             for key, value in settings.items():
-                assert not isinstance(value, int) or abs(value) < 2**64
                 found: Any = config
-                for name in key.split("."):
+                for name in key.replace('"', "").split("."):
                     found = getattr(found, name)
-                if key not in ("model", "kv_memory") and not isinstance(found, tuple | BaseModel):  # the flag; bytes
+                if found not in ("demo", config.kv_memory) and not isinstance(found, tuple | BaseModel):
                     assert found == value or str(found) == value
+                assert not isinstance(found, int) or abs(found) < 2**64
 
     law()
 

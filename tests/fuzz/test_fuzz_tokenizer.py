@@ -68,12 +68,12 @@ def check_ids(lines: list[JobLine | LineFault], texts: list[list[str]], tokenize
         assert found[number] == wanted
 
 
-@parts(slow=3)
+@parts(slow=6)
 def test_prompts_and_chats_have_the_ids_of_the_plain_tokenizer(tmp_path, tokenizer, part):
     prompts = st.lists(TEXTS.filter(bool), min_size=1, max_size=3)
     chats = st.lists(st.tuples(ROLES, TEXTS), min_size=1, max_size=3)
 
-    @repeatable(part, 2500)
+    @repeatable(part, 1200)
     @given(st.lists(prompts | chats, min_size=1, max_size=4), st.booleans())
     def law(lines, escaped):
         written, texts = [], []
