@@ -36,8 +36,8 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> ModelFactory:
 
 @pytest.fixture(autouse=True)
 def shared_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The engine lives in the process of the tests, where torch is loaded once, but for tests marked `own_process` and for
-    runs that are processes themselves."""
+    """The engine lives in the process of the tests, where torch is loaded once. Not so where a test is marked
+    `own_process`, and in runs that are processes themselves."""
     if "own_process" not in request.keywords:
         from batchrun import pipeline
 

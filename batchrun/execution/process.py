@@ -170,7 +170,8 @@ class RemoteEngine:
 def serve(descriptor: int) -> None:
     """The other process: calls what it is told to, until nobody is there to tell."""
     faulthandler.enable()
-    for number in (signal.SIGINT, signal.SIGTERM):  # who sends them to all processes means the one that started this one
+    # Who sends these to all processes means the one that started this one.
+    for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     there = Connection(descriptor)
     target, build = None, None
