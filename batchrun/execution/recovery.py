@@ -19,7 +19,7 @@ class Recovery:
 
     After the first time all goes on as before: it may have been chance. Requests that were in the steps both times are
     suspects, and are run by themselves (a trial); of those that bring the worker down again, one half is tried, then
-    the other, down to the one that does it alone: it is left out. Whoever comes through a trial has its answer.
+    the other, down to the one that does it alone, twice: it is left out. Whoever comes through a trial has its answer.
 
     Logits that are no numbers tell whose they are: that request is computed once more from the start, and left out if
     it happens again.
@@ -34,6 +34,8 @@ class Recovery:
         self._scheduler = scheduler
         self._on_quarantined = on_quarantined
         self._seen: Counter[int] = Counter()  # by request, how often it was there when a worker was lost
+        self._alone: Counter[int] = Counter()  # of these, how often it was there alone
+        self._unsound: Counter[int] = Counter()  # and how often its logits were no numbers
         self._trials: list[list[int]] = []  # the last one is under way
         self._in_a_row = 0
 
@@ -49,10 +51,14 @@ class Recovery:
         self._seen.update(present)
         if self._trials:
             suspects = [request for request in self._trials.pop() if request in present]
-            if len(suspects) == 1:
-                self._quarantine(suspects[0], cause)
-            else:
+            if len(suspects) > 1:
                 self._split(suspects)
+            elif suspects:
+                self._alone.update(suspects)
+                if self._alone[suspects[0]] > 1:
+                    self._quarantine(suspects[0], cause)
+                else:  # even alone it may have been chance
+                    self._trials.append(suspects)
         else:
             suspects = [request for request in present if self._seen[request] > 1]
             if suspects:
@@ -70,8 +76,8 @@ class Recovery:
         self._count(cause)
         self._scheduler.restart()
         for request in requests:
-            self._seen[request] += 1
-            if self._seen[request] > 1:
+            self._unsound[request] += 1
+            if self._unsound[request] > 1:
                 self._quarantine(request, cause)
         self._next_trial()
 
@@ -101,7 +107,7 @@ class Recovery:
 
     def _split(self, suspects: list[int]) -> None:
         half = len(suspects) // 2
-        self._trials += [part for part in (suspects[half:], suspects[:half]) if part]
+        self._trials += [suspects[half:], suspects[:half]]
 
     def _next_trial(self) -> None:
         self._scheduler.confine(self._trials[-1] if self._trials else None)
@@ -109,4 +115,4 @@ class Recovery:
     def _quarantine(self, request: int, cause: str) -> None:
         self._scheduler.drop([request])
         log.warning("request %s is left out: %s", request, cause)
-        self._on_quarantined(request, self._seen[request], cause)
+        self._on_quarantined(request, self._seen[request] + self._unsound[request], cause)
