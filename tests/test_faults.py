@@ -19,12 +19,17 @@ KINDS = ["segfault", "device", "hang", "memory", "nan"]
 
 
 def write_job(folder: Path, lines: int) -> Path:
+    """Of many lines greedy ones alone: what a step is made of changes the last bits of logits, and among thousands of
+    draws from the flat distributions of a random model there is one that they decide."""
     path = folder / "jobs.jsonl"
     with path.open("w") as file:
         for i in range(lines):
             prompt = f"The quick brown fox {'jumps ' * (i % 3)}{i % 40} apples"
             line = {"id": f"r{i}", "prompt": prompt, "max_tokens": 4 + i % 5, "ignore_eos": True}
-            file.write(json.dumps(line | ({"temperature": 0.8, "seed": i} if i % 2 else {"temperature": 0})) + "\n")
+            file.write(
+                json.dumps(line | ({"temperature": 0.8, "seed": i} if i % 2 and lines < 20 else {"temperature": 0}))
+                + "\n"
+            )
     return path
 
 
@@ -71,7 +76,7 @@ def check(
 
 @pytest.mark.parametrize(("kind", "sampled"), [("segfault", 2), ("device", 0), ("nan", 2)])
 def test_a_line_that_brings_the_worker_down_is_left_out(model_dir, tmp_path, monkeypatch, kind, sampled):
-    check(model_dir(), tmp_path, monkeypatch, 3, {1: (kind, sampled)})
+    check(model_dir(), tmp_path, monkeypatch, 2, {1: (kind, sampled)})
 
 
 @pytest.mark.slow
