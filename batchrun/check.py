@@ -6,7 +6,6 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -14,11 +13,11 @@ import numpy as np
 
 from batchrun.config import RunConfig
 from batchrun.errors import ExitCode, UsageError
-from batchrun.formats.job import JobSource, lint_job, open_job, read_job, spool_stdin
+from batchrun.formats.job import JobSource, lint_job, open_job, sound_lines, spool_stdin
 from batchrun.intake import Intake, read_requests
 from batchrun.prepare import limit_warnings, lint_warnings, mismatches
 from batchrun.report.records import Warned
-from batchrun.request import JobLine, LineFault
+from batchrun.request import LineFault
 from batchrun.subject import Subject
 from batchrun.tokenizer import load_tokenizer
 
@@ -109,9 +108,8 @@ def _check(source: JobSource, config: RunConfig | None, subject: Subject | None,
     if config is not None and subject is not None:
         mismatch = mismatches(lint, subject)
         other_model = mismatch.count if mismatch is not None else 0
-        lines = (item for item in islice(read_job(source), limit) if isinstance(item, JobLine))
         tokenizer = load_tokenizer(subject.model.path, config.chat_template)
-        intake = read_requests(lines, tokenizer, subject.spec, subject.generation_config, config)
+        intake = read_requests(sound_lines(source, limit), tokenizer, subject.spec, subject.generation_config, config)
         faults = sorted([*faults, *intake.faults], key=lambda fault: fault.number)
         warnings += limit_warnings(intake.silent, intake.clipped)
         lengths = _lengths(intake, subject.spec.max_context)

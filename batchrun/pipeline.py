@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -29,7 +28,7 @@ from batchrun.execution.process import RemoteEngine
 from batchrun.execution.recovery import Recovery
 from batchrun.execution.stops import TextStops
 from batchrun.execution.worker import WorkerLost
-from batchrun.formats.job import JobLint, JobSource, lint_job, open_job, read_job, spool_stdin
+from batchrun.formats.job import JobLint, JobSource, lint_job, open_job, sound_lines, spool_stdin
 from batchrun.formats.plan import PlanFile, write_plan
 from batchrun.formats.report import StepWriter, read_report, write_report
 from batchrun.formats.results import error_line
@@ -73,7 +72,7 @@ from batchrun.report.records import (
     TokenCounts,
     Warned,
 )
-from batchrun.request import FinishReason, JobLine, LineFault
+from batchrun.request import FinishReason, LineFault
 from batchrun.schedule.scheduler import Finished, Scheduler
 from batchrun.schedule.step import Step, StepOutput
 from batchrun.subject import Fingerprint, Subject, fingerprint_of
@@ -235,7 +234,7 @@ def plan_job(job: str, config: RunConfig, *, explain_line: str | None = None, do
     lint = lint_job(source, config.limit)
     _refuse_unrunnable(lint.faults, lint.total, config)
     _refuse_mismatch(lint, subject, config)
-    prepared = prepare(subject, _sound_lines(source, config.limit), config)
+    prepared = prepare(subject, sound_lines(source, config.limit), config)
     _refuse_unrunnable(prepared.faults, lint.total, config)
     faults = sorted([*lint.faults, *prepared.faults], key=lambda fault: fault.number)
     total = lint.total
@@ -303,7 +302,7 @@ def run_job(job: str, config: RunConfig, observer: Observer | None = None) -> Ou
         _refuse_unrunnable(lint.faults, lint.total, config)
         _refuse_mismatch(lint, subject, config)
         if config.strict:  # all or none: what only the tokenizer can refuse is found before anything is written
-            faults = prepare(subject, _sound_lines(source, config.limit), config).faults
+            faults = prepare(subject, sound_lines(source, config.limit), config).faults
             _refuse_unrunnable(faults, lint.total, config)
         fingerprint = fingerprint_of(subject, lint.fingerprint, config)
         run_dir = stack.enter_context(RunDir.open(out, fingerprint, fresh=config.fresh))
@@ -415,7 +414,7 @@ class _Run:
             left = engine.kv_memory(device.kv_share, rows, config.scheduler.page_size or device.page_size)
             config = config.model_copy(update={"kv_memory": left})
         self.observer.stage("read")
-        lines = _sound_lines(self.source, self.config.limit)
+        lines = sound_lines(self.source, self.config.limit)
         prepared = prepare(self.subject, (line for line in lines if line.number not in done), config, device)
         self.seconds |= prepared.seconds
         self._refuse(sink, prepared.faults)
@@ -655,11 +654,6 @@ def _open_source(job: str, config: RunConfig, stack: ExitStack) -> tuple[JobSour
 def _remove_if_empty(directory: Path) -> None:
     with suppress(OSError):
         directory.rmdir()
-
-
-def _sound_lines(source: JobSource, limit: int | None) -> Iterator[JobLine]:
-    """The lines that can be tried, of the first `limit`."""
-    return (item for item in islice(read_job(source), limit) if isinstance(item, JobLine))
 
 
 def _refuse_unrunnable(faults: list[LineFault], total: int, config: RunConfig) -> None:

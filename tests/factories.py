@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,11 @@ def make_tokenizer(path: Path, *, chat_template: str | None = CHAT_TEMPLATE) -> 
     if chat_template is not None:
         config["chat_template"] = chat_template
     (path / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def copy_without_weights(model: Path, path: Path) -> None:
+    """A model directory with all but the weights."""
+    shutil.copytree(model, path, ignore=shutil.ignore_patterns("*.safetensors"))
 
 
 def make_model(

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from factories import CHAT_TEMPLATE
+from factories import CHAT_TEMPLATE, copy_without_weights
 from jinja2 import Template
 from rich.cells import cell_len
 from rich.console import Console
@@ -259,11 +259,7 @@ def test_a_model_in_the_configuration_file_counts(check, here, model_dir):
 
 
 def test_no_torch_is_loaded_no_weights_are_read_and_nothing_is_written(here, model_dir):
-    bare = here / "bare"
-    bare.mkdir()
-    for file in model_dir().iterdir():
-        if file.suffix != ".safetensors":
-            (bare / file.name).write_bytes(file.read_bytes())
+    copy_without_weights(model_dir(), here / "bare")
     write_job(here / "jobs.jsonl", [*SOUND, "{bad"])
     before = snapshot(here)
     code = (

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from factories import copy_without_weights
 from typer.testing import CliRunner, Result
 
 import batchrun
@@ -135,11 +136,7 @@ def test_help_and_faults_of_the_job_load_neither_torch_nor_transformers(here, mo
 
 
 def test_plan_loads_no_torch_needs_no_weights_and_writes_nothing(here, model_dir):
-    bare = here / "bare"
-    bare.mkdir()
-    for file in model_dir().iterdir():
-        if file.suffix != ".safetensors":
-            (bare / file.name).write_bytes(file.read_bytes())
+    copy_without_weights(model_dir(), here / "bare")
     write_job(here / "jobs.jsonl", [*SOUND, "{bad"])
     before = snapshot(here)
     code = (

@@ -1,7 +1,8 @@
 """From logits to tokens, for all rows of a step at once.
 
 The random number of a token is a function of its request's seed and of how many tokens the request has sampled before:
-so a request gets the same tokens alone, in any batch and in any order.
+so a request gets the same tokens alone, in any batch and in any order, as long as its logits are the same; their last
+bits depend on what else is in a step, and decide where the random number falls between two tokens as closely.
 """
 
 from __future__ import annotations

@@ -55,9 +55,10 @@ class TritonBatch(StepTensors):
         self._lists = {window: attention.make(self._columns, window=window) for window in windows}
         self._plans: dict[int | None, Plan] = {}
         for window, made in self._lists.items():
-            # As long as the longest, so that what follows lies in the same place in every step of so many rows.
-            work = np.zeros(attention.room[0], dtype=np.int32)
-            work[: made.data.size] = made.data
+            work = made.data
+            if self._padded:  # as long as the longest, so that a graph finds all that follows in the same place
+                work = np.zeros(attention.room[0], dtype=np.int32)
+                work[: made.data.size] = made.data
             self.arrays[f"work list, window {window}"] = work
 
     def bind(self, tensors: Mapping[str, torch.Tensor], sampled_before: torch.Tensor | None) -> None:

@@ -242,6 +242,11 @@ def read_job(source: JobSource) -> Iterator[JobLine | LineFault]:
         source._repeated = repeated
 
 
+def sound_lines(source: JobSource, limit: int | None) -> Iterator[JobLine]:
+    """The lines that can be tried, of the first `limit`. Raises as `read_job`."""
+    return (item for item in islice(read_job(source), limit) if isinstance(item, JobLine))
+
+
 @dataclass(slots=True)
 class JobLint:
     """What a job file holds, without its texts.

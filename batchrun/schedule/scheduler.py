@@ -233,13 +233,8 @@ class Scheduler:
 
     # After a crash --------------------------------------------------------------------------------------------
 
-    def requests_under_way(self) -> Int32:
-        """Requests that have begun, and whose answer is not there yet."""
-        slots = np.array([*self._under_way().tolist(), *self._preempted, *self._held], dtype=np.int32)
-        return self.sequences.request[slots].astype(np.int32)
-
     def requests_in_steps(self) -> Int32:
-        """Of these, the ones that steps are made of."""
+        """Requests that have begun and do not wait: those that steps are made of."""
         return self.sequences.request[self._under_way()].astype(np.int32)
 
     def restart(self) -> None:

@@ -144,11 +144,12 @@ class SharedPrefixAttention:
         host = self.make(step, window=window)
         # Pinned memory from torch's cache: it is not given out again before the copy from it has been made.
         staged = torch.empty(self._ints, dtype=torch.int32, pin_memory=self._device.type == "cuda")
-        staged.numpy()[: host.data.size] = host.data
+        size = host.data.size
+        staged.numpy()[:size] = host.data
         work = self._work.get(window)
         if work is None or work.numel() < self._ints:
             work = self._work[window] = torch.empty(self._ints, dtype=torch.int32, device=self._device)
-        work.copy_(staged, non_blocking=True)
+        work[:size].copy_(staged[:size], non_blocking=True)
         return Plan(host, work, window)
 
     def make(self, step: Columns, *, window: int | None = None) -> WorkList:

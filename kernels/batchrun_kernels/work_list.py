@@ -139,14 +139,11 @@ class WorkList:
         return part.reshape(-1, {"items": len(ITEM), "tiles": len(TILE)}[name]) if at < 2 else part
 
 
-def make_work_list(
-    step: Columns, rules: Rules, *, window: int | None = None, buffer: npt.NDArray[np.int32] | None = None
-) -> WorkList:
+def make_work_list(step: Columns, rules: Rules, *, window: int | None = None) -> WorkList:
     """Make the work list of a step.
 
     Args:
         window: keys that a row sees at most, itself included; None for all.
-        buffer: int32, where to write the list; a new array where it is too small or not given.
     """
     page_size = rules.page_size
     chunks = step.length.size
@@ -240,9 +237,7 @@ def make_work_list(
     num_items, num_tiles = rows.size, int(list_size.sum())
     sizes = (len(HEADER), num_items * len(ITEM), num_tiles * len(TILE), num_rows, merged.size, begins.size, slots.size)
     at = list(accumulate(sizes))
-    if buffer is None or buffer.size < at[-1]:
-        buffer = np.empty(at[-1], dtype=np.int32)
-    data = buffer[: at[-1]]
+    data = np.empty(at[-1], dtype=np.int32)
     data[: at[0]] = (num_items, at[0], at[1], at[2], merged.size, at[3], at[4], at[5])
     from_list = list_begin[task]
     columns = (
