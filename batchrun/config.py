@@ -214,6 +214,11 @@ class SchedulerConfig(_Section):
         default="auto",
         description="Which shared prefixes are computed once, by name; it never changes results.",
     )
+    deduplicate: bool = Field(
+        default=True,
+        description="Compute requests that must have the same answer once: the same prompt, limit and sampling, greedy "
+        "or with the same seed.",
+    )
     step_tokens: Count | None = Field(
         default=None,
         description="Rows of a step at which prefill stops being added; the device's figure if unset.",

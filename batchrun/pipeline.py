@@ -241,7 +241,7 @@ def plan_job(job: str, config: RunConfig, *, explain_line: str | None = None, do
     if not len(prepared.requests):
         raise NothingRunnable(f"None of the {total} lines can run; the first: {_shown(faults[0])}")
     if explain_line is not None:
-        _refuse_unknown(explain_line, [*prepared.requests.custom_ids, *(fault.custom_id for fault in faults)])
+        _refuse_unknown(explain_line, [*prepared.answers.custom_ids, *(fault.custom_id for fault in faults)])
     prepared, orders = choose_order(prepared)
     simulated = simulate(prepared)
     requests, forest, decode = prepared.requests, prepared.forest, prepared.tokenizer.decode
@@ -271,7 +271,14 @@ def _explain(custom_id: str, prepared: Prepared, simulated: Simulated, faults: l
         page_bytes=plan.budget.page_bytes,
     )
     explanation = explain(
-        custom_id, faults, requests, prepared.forest, plan.groups, timetable, prepared.tokenizer.decode
+        custom_id,
+        faults,
+        prepared.answers,
+        requests,
+        prepared.forest,
+        plan.groups,
+        timetable,
+        prepared.tokenizer.decode,
     )
     assert explanation is not None  # _refuse_unknown has seen it
     return explanation
@@ -429,9 +436,9 @@ class _Run:
                     f"{len(done):,} lines were finished by an earlier start; tokens, steps and times are of the rest",
                 )
             )
-        disk = check_disk(
-            self.run_dir.path, estimate_disk(prepared.requests.max_new_tokens, len(prepared.requests.custom_ids))
-        )
+        answers = prepared.answers
+        limits = prepared.requests.max_new_tokens[answers.request]
+        disk = check_disk(self.run_dir.path, estimate_disk(limits, len(answers.custom_ids)))
         if disk is not None:
             warnings.append(Warned("disk_space", 1, disk))
         for warning in warnings:
@@ -476,17 +483,18 @@ class _Run:
         engine.start(requests, eos_token_ids, plan.budget.page_size, plan.budget.pages)
 
         texts = TextStops(prepared.tokenizer, requests)
-        lines = LineCollector(requests, plan.groups, self.subject.name, sink)
+        lines = LineCollector(prepared.answers, plan.groups, self.subject.name, sink)
         newly_finished = 0
 
         def on_finished(finished: Finished) -> None:
             nonlocal newly_finished
             text, by_text = texts.text(finished)
             reason = FinishReason.STOP if by_text else finished.reason
-            self.finish_reasons[reason.value] += 1
-            self.answered_prompt_tokens += requests.tokens.span(finished.request).length
-            newly_finished += 1
-            lines.add(finished, text, reason)
+            prompt_tokens = requests.tokens.span(finished.request).length
+            answers = lines.add(finished, prompt_tokens, text, reason)
+            self.finish_reasons[reason.value] += answers
+            self.answered_prompt_tokens += answers * prompt_tokens
+            newly_finished += answers
 
         def on_step(step: Step, output: StepOutput) -> None:
             nonlocal newly_finished
@@ -501,8 +509,8 @@ class _Run:
                 step_writer.write(step, output.seconds)
 
         def fail(request: int, code: str, message: str, attempts: int) -> None:
-            if lines.fail(request, code, message, attempts=attempts):
-                self.error_codes[code] += 1
+            if failed := lines.fail(request, code, message, attempts=attempts):
+                self.error_codes[code] += failed
 
         def on_quarantined(request: int, attempts: int, cause: str) -> None:
             fail(request, QUARANTINED, f"left out after {attempts} attempts: {cause}", attempts)
@@ -582,12 +590,14 @@ class _Run:
         def rate(count: int) -> float | None:
             return count / execute if execute else None
 
+        tokens = TokenCounts(prepared.prompt_logical, plan.prompt_physical, counters.prompt_computed, counters.sampled)
         return Report(
             request_counts=RequestCounts(
                 self.total, sink.completed, sink.failed, self.total - sink.completed - sink.failed
             ),
-            tokens=TokenCounts(plan.prompt_logical, plan.prompt_physical, counters.prompt_computed, counters.sampled),
-            saving=plan.saving,
+            duplicates=prepared.duplicates,
+            tokens=tokens,
+            saving=tokens.saving,
             seconds=Seconds(
                 total=time.perf_counter() - self.began,
                 load=self.seconds.get("load"),

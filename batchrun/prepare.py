@@ -20,6 +20,7 @@ from batchrun.planning.cost import CostModel, Work
 from batchrun.planning.memory import MemoryBudget, make_budget
 from batchrun.planning.order import AUTO, CANDIDATES, units
 from batchrun.planning.planner import Plan, PlanOptions, fit_to_pool, make_plan, order_requests
+from batchrun.prefix.duplicates import first_alike
 from batchrun.prefix.forest import PrefixForest, build_forest
 from batchrun.prefix.groups import PrefixGroups
 from batchrun.report.records import (
@@ -32,7 +33,7 @@ from batchrun.report.records import (
     Warned,
     largest_groups,
 )
-from batchrun.request import JobLine, LineFault, Requests
+from batchrun.request import Answers, JobLine, LineFault, Requests
 from batchrun.schedule.scheduler import Scheduler
 from batchrun.schedule.step import Step, StepOutput
 from batchrun.specs import DeviceSpec
@@ -48,10 +49,11 @@ _CLEARLY = 0.995  # an order must take less than this share of the time of the o
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A job that is ready to run."""
+    """A job that is ready to run: `requests` are computed, and give all `answers`."""
 
     tokenizer: Tokenizer
     requests: Requests
+    answers: Answers
     forest: PrefixForest
     plan: Plan
     cost: CostModel
@@ -60,6 +62,16 @@ class Prepared:
     clipped: int
     clipped_to_pool: int
     seconds: dict[str, float]
+
+    @property
+    def prompt_logical(self) -> int:
+        """Prompt tokens of all answers, those of duplicates too."""
+        return int(self.requests.tokens.lengths[self.answers.request].sum())
+
+    @property
+    def duplicates(self) -> int:
+        """Answers that are not computed, since another one must be the same."""
+        return len(self.answers) - len(self.requests)
 
 
 def prepare(
@@ -88,66 +100,103 @@ def prepare(
         seed=config.seed,
         probe=config.scheduler.probe,
     )
-    requests, forest, planned, too_large, clipped_to_pool = plan_what_fits(intake, cost, budget, options)
+    fitting = plan_what_fits(intake, cost, budget, options, deduplicate=config.scheduler.deduplicate)
     return Prepared(
         tokenizer=tokenizer,
-        requests=requests,
-        forest=forest,
-        plan=planned,
+        requests=fitting.requests,
+        answers=fitting.answers,
+        forest=fitting.forest,
+        plan=fitting.plan,
         cost=cost,
-        faults=sorted([*intake.faults, *too_large], key=lambda fault: fault.number),
+        faults=sorted([*intake.faults, *fitting.faults], key=lambda fault: fault.number),
         silent=intake.silent,
         clipped=intake.clipped,
-        clipped_to_pool=clipped_to_pool,
+        clipped_to_pool=fitting.clipped,
         seconds={"tokenize": tokenized - began, "plan": perf_counter() - tokenized},
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Fitting:
+    """What of a job fits into the KV pool, planned.
+
+    Attributes:
+        requests: that are computed.
+        answers: that they give.
+        forest: of the requests.
+        plan: of the requests.
+        faults: of lines that can never run in this pool.
+        clipped: answers whose limit, which nobody set, was cut to the pool.
+    """
+
+    requests: Requests
+    answers: Answers
+    forest: PrefixForest
+    plan: Plan
+    faults: list[LineFault]
+    clipped: int
+
+
 def plan_what_fits(
-    intake: Intake, cost: CostModel, budget: MemoryBudget, options: PlanOptions
-) -> tuple[Requests, PrefixForest, Plan, list[LineFault], int]:
+    intake: Intake, cost: CostModel, budget: MemoryBudget, options: PlanOptions, *, deduplicate: bool = True
+) -> Fitting:
     """Plan; requests that the KV pool can never hold become faults of their lines, and the rest is planned again.
 
     Prefixes take whole pages of their own. Where a request fits into the pool alone and not beside them, the pool is
     so small that nothing is shared.
 
-    Returns:
-        The requests that are left, their forest and plan, the faults, and how many limits that nobody set were cut to
-        the pool.
+    Args:
+        deduplicate: whether requests that must have the same answer are computed once.
     """
-    requests, defaulted = intake.requests, intake.defaulted
-    limits = requests.max_new_tokens.copy()
+    asked, defaulted = intake.requests, intake.defaulted
+    limits = asked.max_new_tokens.copy()
     faults: list[LineFault] = []
     while True:
-        forest = build_forest(requests.tokens)
+        requests, forest, kept, given_by = _fold(asked, defaulted, deduplicate)
         planned = make_plan(requests, forest, cost, budget, options)
-        clipped, misfits = fit_to_pool(planned.groups, requests, budget, defaulted)
+        clipped, misfits = fit_to_pool(planned.groups, requests, budget, defaulted[kept])
+        asked.max_new_tokens[:] = requests.max_new_tokens[given_by]
         if clipped:
             continue  # shorter answers may be grouped in another way, which must fit too
         if not misfits.any():
-            return requests, forest, planned, faults, int((requests.max_new_tokens < limits).sum())
+            cut = int((asked.max_new_tokens < limits).sum())
+            return Fitting(requests, Answers.of(asked, given_by), forest, planned, faults, cut)
         if options.grouping != "none":
-            alone = requests.tokens.lengths + np.where(defaulted, 1, requests.max_new_tokens) - 1
+            alone = requests.tokens.lengths + np.where(defaulted[kept], 1, requests.max_new_tokens) - 1
             if (alone[misfits] <= budget.pages * budget.page_size).any():
                 options = replace(options, grouping="none")
                 continue
-        lines = np.unique(requests.line[misfits])
+        lines = np.unique(asked.line[misfits[given_by]])
         for line in lines.tolist():
-            of_line = requests.line == line
-            asked = int((requests.tokens.lengths + requests.max_new_tokens)[of_line].max())
+            of_line = asked.line == line
+            tokens = int((asked.tokens.lengths + asked.max_new_tokens)[of_line].max())
             faults.append(
                 LineFault(
-                    int(requests.line_numbers[line]),
-                    requests.custom_ids[line],
+                    int(asked.line_numbers[line]),
+                    asked.custom_ids[line],
                     "context_length_exceeded",
-                    f"prompt and answer may take {asked} tokens, and the KV memory holds "
+                    f"prompt and answer may take {tokens} tokens, and the KV memory holds "
                     f"{budget.pages * budget.page_size}; raise --kv-memory or lower max_tokens",
                     "max_tokens",
                 )
             )
-        keep = ~np.isin(requests.line, lines)
-        requests = requests.take_lines(np.setdiff1d(np.arange(len(requests.custom_ids)), lines))
-        defaulted, limits = defaulted[keep], limits[keep]
+        rest = np.flatnonzero(~np.isin(asked.line, lines))
+        asked, defaulted, limits = asked.take(rest), defaulted[rest], limits[rest]
+
+
+def _fold(
+    asked: Requests, defaulted: npt.NDArray[np.bool_], deduplicate: bool
+) -> tuple[Requests, PrefixForest, npt.NDArray[np.int64], Int32]:
+    """Without duplicates: the requests that are left, their forest, which of `asked` they are, and which of them gives
+    the answer of each of `asked`."""
+    forest = build_forest(asked.tokens)
+    own = np.arange(len(asked), dtype=np.int32)
+    alike = first_alike(asked, forest, defaulted) if deduplicate else own
+    kept = np.flatnonzero(alike == own)
+    if kept.size == own.size:
+        return asked, forest, kept, own
+    requests = asked.take(kept)
+    return requests, build_forest(requests.tokens), kept, np.searchsorted(kept, alike).astype(np.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,15 +321,17 @@ def plan_file(
     fingerprint: Fingerprint,
 ) -> PlanFile:
     planned, counters, scale = prepared.plan, simulated.scheduler.counters, simulated.scale
+    tokens = TokenCounts(
+        prepared.prompt_logical,
+        planned.prompt_physical,
+        round(scale * counters.prompt_computed),
+        round(scale * counters.sampled),
+    )
     return PlanFile(
         requests=len(prepared.requests),
-        tokens=TokenCounts(
-            planned.prompt_logical,
-            planned.prompt_physical,
-            round(scale * counters.prompt_computed),
-            round(scale * counters.sampled),
-        ),
-        saving=planned.saving,
+        duplicates=prepared.duplicates,
+        tokens=tokens,
+        saving=tokens.saving,
         groups=summaries(planned.groups),
         schedule_order=planned.options.schedule_order,
         grouping=planned.options.grouping,

@@ -1,8 +1,9 @@
 """The nouns a user knows: a line of a job, the requests it makes, their sampling, and what came of them.
 
-A **line** of the job file makes one or more **requests**: one prompt, one answer each. Nearly every line makes
-one; `/v1/completions` with a list of prompts makes as many as the list is long, and its result line has as many
-choices. The planner and the engine know requests only.
+A **line** of the job file asks for one or more **answers**, each to one prompt. Nearly every line asks for one;
+`/v1/completions` with a list of prompts asks for as many as the list is long, and its result line has as many choices.
+A **request** is computed once and gives one answer, or several where lines ask for the very same. The planner and the
+engine know requests only.
 """
 
 from __future__ import annotations
@@ -165,16 +166,16 @@ class Requests:
             seed=int(self.seed[index]),
         )
 
-    def take_lines(self, lines: npt.NDArray[np.int64]) -> Requests:
-        """Only the requests of the given lines.
+    def take(self, rows: npt.NDArray[np.int64]) -> Requests:
+        """Only some of the requests, and of the lines only those that they are of.
 
         Args:
-            lines: int64, indices into `line_numbers`, ascending.
+            rows: int64, ascending.
         """
-        rows = np.flatnonzero(np.isin(self.line, lines))
+        lines, line = np.unique(self.line[rows], return_inverse=True)
         return Requests(
             tokens=self.tokens.take(rows),
-            line=np.searchsorted(lines, self.line[rows]).astype(np.int32),
+            line=line.astype(np.int32),
             sampling_id=self.sampling_id[rows],
             sampling=self.sampling,
             max_new_tokens=self.max_new_tokens[rows],
@@ -184,6 +185,10 @@ class Requests:
             custom_ids=[self.custom_ids[line] for line in lines],
             endpoints=[self.endpoints[line] for line in lines],
         )
+
+    def take_lines(self, lines: npt.NDArray[np.int64]) -> Requests:
+        """Only the requests of some lines, int64 indices into `line_numbers`."""
+        return self.take(np.flatnonzero(np.isin(self.line, lines)))
 
     def for_sampling(self) -> Requests:
         """Only what sampling asks for: all that a worker wants to know, and little to send to it."""
@@ -208,6 +213,38 @@ class Requests:
 
 
 @dataclass(frozen=True, slots=True)
+class Answers:
+    """Every answer that the lines of a job ask for, in columns, and the request that gives it.
+
+    Shape letters: A answers, N lines.
+
+    Attributes:
+        request: int32 `[A]`, index of the request. Of several answers that one request gives, the first is the one that
+            it was made for; the others are its duplicates.
+        line: int32 `[A]`, index of the line; answers of a line are adjacent and in choice order.
+        seed: uint64 `[A]`.
+        line_numbers: int32 `[N]`, 1-based line of the job file.
+        custom_ids: `[N]`.
+        endpoints: `[N]`.
+    """
+
+    request: npt.NDArray[np.int32]
+    line: npt.NDArray[np.int32]
+    seed: npt.NDArray[np.uint64]
+    line_numbers: npt.NDArray[np.int32]
+    custom_ids: list[str]
+    endpoints: list[Endpoint]
+
+    @classmethod
+    def of(cls, asked: Requests, request: npt.NDArray[np.int32]) -> Answers:
+        """The answers that the lines ask for, one a row of `asked`, where request `request[i]` gives answer i."""
+        return cls(request, asked.line, asked.seed, asked.line_numbers, asked.custom_ids, asked.endpoints)
+
+    def __len__(self) -> int:
+        return self.request.size
+
+
+@dataclass(frozen=True, slots=True)
 class Usage:
     """Tokens of one answer, or of all answers of a line."""
 
@@ -218,7 +255,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One finished request."""
+    """One answer of a line; `index` is its row in `Answers`."""
 
     index: int
     text: str

@@ -242,7 +242,8 @@ RESULTS = """## results.jsonl
 Lines in OpenAI's batch output form, in the order in which requests finish (`--results-order input` sorts them at the
 end). `finish_reason` is `stop` or `length`; `cached_tokens` are the prompt tokens whose KV a shared prefix computed.
 Our own fields are under `batchrun`: the `line` of the job, its prefix-sharing `group` or null, the `seed` used for the
-first choice; `attempts` is 1 and `dedup_of` null today. One line, spread out:
+first choice, and `dedup_of`: the custom_id of the line whose answer this one got, since it must be the same, or null.
+`attempts` is 1 today. One line, spread out:
 """
 
 ERRORS = """## errors.jsonl

@@ -34,6 +34,7 @@ def shared_run(node: int, parent: int = -1, *, spared: int = 1000, text: str = "
 def a_plan(**changes: Any) -> PlanFile:
     plan = PlanFile(
         requests=480,
+        duplicates=0,
         tokens=TOKENS,
         saving=TOKENS.saving,
         groups=tuple(GroupSummary(number, 512 - number, 60) for number in range(14)),

@@ -24,7 +24,7 @@ def write_job(folder: Path, lines: int) -> Path:
     path = folder / "jobs.jsonl"
     with path.open("w") as file:
         for i in range(lines):
-            prompt = f"The quick brown fox {'jumps ' * (i % 3)}{i % 40} apples"
+            prompt = f"The quick brown fox {'jumps ' * (i % 3)}{i} apples"
             line = {"id": f"r{i}", "prompt": prompt, "max_tokens": 4 + i % 5, "ignore_eos": True}
             file.write(
                 json.dumps(line | ({"temperature": 0.8, "seed": i} if i % 2 and lines < 20 else {"temperature": 0}))

@@ -9,55 +9,72 @@ import numpy as np
 from batchrun.formats.results import result_line, unrun_line
 from batchrun.formats.rundir import ResultSink
 from batchrun.prefix.groups import PrefixGroups
-from batchrun.request import FinishReason, Requests, Result, Usage
+from batchrun.request import Answers, FinishReason, Result, Usage
 from batchrun.schedule.scheduler import Finished
 
 
 class LineCollector:
-    """Puts the answers of a line together, and writes the line when it has them all."""
+    """Puts the answers of a line together, and writes the line when it has them all. An answer that several lines ask
+    for goes to each of them."""
 
-    def __init__(self, requests: Requests, groups: PrefixGroups, model: str, sink: ResultSink) -> None:
-        self._requests = requests
+    def __init__(self, answers: Answers, groups: PrefixGroups, model: str, sink: ResultSink) -> None:
+        self._answers = answers
         self._groups = groups
         self._model = model
         self._sink = sink
-        self._missing = np.bincount(requests.line, minlength=len(requests.custom_ids))
+        self._missing = np.bincount(answers.line, minlength=len(answers.custom_ids))
+        # The answers of request r, the one that it was made for first, are _by_request[_begin[r]:_begin[r + 1]].
+        self._by_request = np.argsort(answers.request, kind="stable")
+        self._begin = np.concatenate(([0], np.cumsum(np.bincount(answers.request))))
         self._partial: dict[int, list[Result]] = {}
         self._failed: set[int] = set()
 
-    def add(self, finished: Finished, text: str, reason: FinishReason) -> None:
-        requests, index = self._requests, finished.request
-        usage = Usage(requests.tokens.span(index).length, finished.cached_tokens, finished.token_ids.size)
-        line = int(requests.line[index])
+    def add(self, finished: Finished, prompt_tokens: int, text: str, reason: FinishReason) -> int:
+        """Give an answer to all lines that ask for it; returns how often it was asked for."""
+        rows = self._rows(finished.request)
+        for row in rows:
+            cached = finished.cached_tokens if row == rows[0] else prompt_tokens
+            usage = Usage(prompt_tokens, cached, finished.token_ids.size)
+            self._add(Result(row, text, finished.token_ids, reason, usage))
+        return len(rows)
+
+    def fail(self, request: int, code: str, message: str, *, attempts: int) -> int:
+        """A request gives no answer, and so the lines that ask for it get none; returns how many had not failed yet."""
+        answers, lines = self._answers, {int(self._answers.line[row]) for row in self._rows(request)} - self._failed
+        for line in sorted(lines):
+            self._partial.pop(line, None)
+            number = int(answers.line_numbers[line])
+            self._sink.write_error(unrun_line(answers.custom_ids[line], number, code, message, attempts=attempts))
+        self._failed |= lines
+        return len(lines)
+
+    def _rows(self, request: int) -> list[int]:
+        rows: list[int] = self._by_request[self._begin[request] : self._begin[request + 1]].tolist()
+        return rows
+
+    def _add(self, result: Result) -> None:
+        answers, line = self._answers, int(self._answers.line[result.index])
         if line in self._failed:
             return
         results = self._partial.setdefault(line, [])
-        results.append(Result(index, text, finished.token_ids, reason, usage))
+        results.append(result)
         if len(results) < self._missing[line]:
             return
         results = sorted(self._partial.pop(line), key=lambda result: result.index)
         first = results[0].index
-        group = int(self._groups.request_group[first])
+        group = int(self._groups.request_group[answers.request[first]])
+        made_for = [self._rows(int(answers.request[result.index]))[0] for result in results]
+        copied = not any(row == result.index for row, result in zip(made_for, results, strict=True))
         self._sink.write_result(
             result_line(
                 results,
-                custom_id=requests.custom_ids[line],
-                line=int(requests.line_numbers[line]),
-                endpoint=requests.endpoints[line],
+                custom_id=answers.custom_ids[line],
+                line=int(answers.line_numbers[line]),
+                endpoint=answers.endpoints[line],
                 model=self._model,
                 created=int(time.time()),
-                seed=int(requests.seed[first]),
+                seed=int(answers.seed[first]),
                 group=group if group >= 0 else None,
+                dedup_of=answers.custom_ids[answers.line[made_for[0]]] if copied else None,
             )
         )
-
-    def fail(self, request: int, code: str, message: str, *, attempts: int) -> bool:
-        """A request gets no answer, and so its line none; whether that is new."""
-        requests, line = self._requests, int(self._requests.line[request])
-        if line in self._failed:
-            return False
-        self._failed.add(line)
-        self._partial.pop(line, None)
-        number = int(requests.line_numbers[line])
-        self._sink.write_error(unrun_line(requests.custom_ids[line], number, code, message, attempts=attempts))
-        return True

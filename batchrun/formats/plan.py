@@ -15,6 +15,7 @@ class PlanFile:
 
     Attributes:
         requests: requests that are to run.
+        duplicates: answers that are not computed, since one of these requests must have the same.
         tokens, saving: as in the report; `tokens.output` is what is expected.
         groups: the largest prefix-sharing groups, largest first (`largest_groups`).
         schedule_order, grouping: names of the policies.
@@ -28,6 +29,7 @@ class PlanFile:
     """
 
     requests: int
+    duplicates: int
     tokens: TokenCounts
     saving: float
     groups: tuple[GroupSummary, ...]

@@ -38,6 +38,7 @@ def result_line(
     created: int,
     seed: int,
     group: int | None,
+    dedup_of: str | None = None,
 ) -> bytes:
     """The line of `results.jsonl` for one finished line of the job.
 
@@ -50,6 +51,7 @@ def result_line(
         created: when it finished, in seconds of Unix time.
         seed: the seed of its first choice.
         group: id of the prefix-sharing group of its first choice, or None.
+        dedup_of: custom_id of the line whose answer it got, where none of its answers was computed for it; else None.
     """
     digest = _digest(line, custom_id)
     prompt_tokens = sum(choice.usage.prompt_tokens for choice in choices)
@@ -77,7 +79,7 @@ def result_line(
         },
     }
     response = {"status_code": 200, "request_id": f"req_{digest}", "body": body}
-    return _batch_line(custom_id, line, response, None, group=group, attempts=1, seed=seed)
+    return _batch_line(custom_id, line, response, None, group=group, attempts=1, seed=seed, dedup_of=dedup_of)
 
 
 def error_line(fault: LineFault) -> bytes:
@@ -147,8 +149,9 @@ def _batch_line(
     group: int | None = None,
     attempts: int = 0,
     seed: int | None = None,
+    dedup_of: str | None = None,
 ) -> bytes:
-    extras = {"line": line, "group": group, "attempts": attempts, "dedup_of": None, "seed": seed}
+    extras = {"line": line, "group": group, "attempts": attempts, "dedup_of": dedup_of, "seed": seed}
     return encode_json(
         {
             "id": f"batch_req_{_digest(line, custom_id)}",

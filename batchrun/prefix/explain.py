@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
 
 from batchrun.prefix.forest import PrefixForest
 from batchrun.prefix.groups import PrefixGroups
-from batchrun.request import LineFault, Requests
+from batchrun.request import Answers, LineFault, Requests
 
 Int32 = npt.NDArray[np.int32]
 Decode = Callable[[Sequence[int]], str]
@@ -166,6 +167,8 @@ class ExplainedRequest:
     """What is planned for one request.
 
     Attributes:
+        duplicate_of: custom_id of the line that it was made for, where that is another one; else None.
+        answers: how many answers it gives.
         prompt_tokens: of its prompt.
         shared_tokens: how many of them some other prompt begins with too.
         cached_tokens: how many of them it reads from groups; it computes the others itself.
@@ -183,6 +186,8 @@ class ExplainedRequest:
         page_bytes: of a page.
     """
 
+    duplicate_of: str | None
+    answers: int
     prompt_tokens: int
     shared_tokens: int
     cached_tokens: int
@@ -220,6 +225,7 @@ class Explanation:
 def explain(
     custom_id: str,
     faults: Iterable[LineFault],
+    answers: Answers,
     requests: Requests,
     forest: PrefixForest,
     groups: PrefixGroups,
@@ -230,14 +236,15 @@ def explain(
 
     Args:
         faults: the bad lines of the job.
-        requests: of the others.
+        answers: that the others ask for.
+        requests: that give them.
         forest, groups: of these requests.
         timetable: when they run.
         decode: the text of token ids.
     """
     own_faults = tuple(fault for fault in faults if fault.custom_id == custom_id)
     try:
-        line = requests.custom_ids.index(custom_id)
+        line = answers.custom_ids.index(custom_id)
     except ValueError:
         return Explanation(custom_id, own_faults[0].number, (), own_faults) if own_faults else None
     # A group is read by many of a line's requests, and its readers are looked for once.
@@ -245,14 +252,21 @@ def explain(
 
     def read(group: int) -> PrefixRead:
         if group not in found:
-            found[group] = _read(group, line, requests, groups, timetable, decode)
+            found[group] = _read(group, custom_id, requests, groups, timetable, decode)
         return found[group]
 
-    explained = tuple(
-        _explain(request, [read(group) for group in _path(groups, request)], requests, forest, groups, timetable)
-        for request in np.flatnonzero(requests.line == line).tolist()
-    )
-    return Explanation(custom_id, int(requests.line_numbers[line]), explained, own_faults)
+    explained = []
+    for request in answers.request[answers.line == line].tolist():
+        reads = [read(group) for group in _path(groups, request)]
+        made_for = requests.custom_ids[requests.line[request]]
+        explained.append(
+            replace(
+                _explain(request, reads, requests, forest, groups, timetable),
+                duplicate_of=made_for if made_for != custom_id else None,
+                answers=int((answers.request == request).sum()),
+            )
+        )
+    return Explanation(custom_id, int(answers.line_numbers[line]), tuple(explained), own_faults)
 
 
 def _explain(
@@ -275,6 +289,8 @@ def _explain(
     waits = last - first + 1 - answer
     ends = timetable.ends
     return ExplainedRequest(
+        duplicate_of=None,
+        answers=1,
         prompt_tokens=prompt,
         shared_tokens=int(forest.depth[node] + (forest.length[node] if alike else 0)),
         cached_tokens=cached,
@@ -300,12 +316,12 @@ def _path(groups: PrefixGroups, request: int) -> list[int]:
 
 
 def _read(
-    group: int, line: int, requests: Requests, groups: PrefixGroups, timetable: Timetable, decode: Decode
+    group: int, custom_id: str, requests: Requests, groups: PrefixGroups, timetable: Timetable, decode: Decode
 ) -> PrefixRead:
     level = groups.path[group].tolist().index(group)
     readers = np.flatnonzero((groups.request_group >= 0) & (groups.path[groups.request_group, level] == group))
-    lines = np.unique(requests.line[readers])
-    others = lines[lines != line][:_NAMED].tolist()
+    lines = (requests.custom_ids[line] for line in np.unique(requests.line[readers]))
+    others = islice((other for other in lines if other != custom_id), _NAMED)
     simulated = readers[timetable.first_step[readers] >= 0]
     steps = 0
     if simulated.size:
@@ -316,7 +332,7 @@ def _read(
         depth=int(groups.depth[group]),
         tokens=int(groups.length[group]),
         requests=readers.size,
-        with_lines=tuple(requests.custom_ids[other] for other in others),
+        with_lines=tuple(others),
         text=_begins(requests.tokens.ids, int(groups.start[group]), int(groups.length[group]), decode),
         pages=pages,
         page_steps=pages * steps,

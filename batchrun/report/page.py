@@ -119,6 +119,7 @@ def _details(report: Report) -> str:
             else []
         ),
         ("KV memory", f"{plural(kv.pages, 'page')} of {plural(kv.page_size, 'token')}"),
+        ("duplicates, not computed", f"{report.duplicates:,}"),
         ("idle rows", f"{report.idle_rows:,}"),
         ("padded rows", f"{report.padded_rows:,}"),
         ("preemptions", f"{report.preemptions:,}"),

@@ -234,6 +234,7 @@ class Report:
 
     Attributes:
         request_counts: what became of the lines.
+        duplicates: answers that were not computed, since that of another request must be the same.
         tokens, saving: what was computed, and the share of prompt tokens that sharing spared.
         seconds, throughput: time and rates; None where unknown.
         expected: how long the steps were expected to take; None where nothing was run.
@@ -255,6 +256,7 @@ class Report:
     """
 
     request_counts: RequestCounts
+    duplicates: int
     tokens: TokenCounts
     saving: float
     seconds: Seconds

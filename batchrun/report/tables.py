@@ -114,6 +114,7 @@ def print_summary(console: Console, report: Report, run_dir: Path) -> None:
         console,
         [
             _Section("Tokens", _token_rows(report.tokens, report.saving, "output")),
+            _Section("Duplicates", _duplicate_rows(report.duplicates)),
             _Section("Time", times),
             _Section("Speed", [_Row(rate(value), unit) for value, unit in rates if value is not None]),
             _Section("Steps", [_Row(f"{report.steps:,}", f"on {report.device} in {report.dtype}")]),
@@ -138,6 +139,7 @@ def print_plan(console: Console, planned: Planned) -> None:
         console,
         [
             _Section("Tokens", _token_rows(plan.tokens, plan.saving, "output, expected")),
+            _Section("Duplicates", _duplicate_rows(plan.duplicates)),
             _Section("Steps", [_Row(f"{plan.steps:,}", f"filled up to {plural(plan.step_tokens, 'token')} each")]),
             _Section("KV", [_kv_row(plan.kv)]),
             _Section("Order", [_Row("", f"{plan.schedule_order}, grouping {plan.grouping}")]),
@@ -295,6 +297,10 @@ def _token_rows(tokens: TokenCounts, saving: float, output: str) -> list[_Row]:
         _Row(f"{tokens.prompt_computed:,}", "prompt, computed"),
         _Row(f"{tokens.output:,}", output),
     ]
+
+
+def _duplicate_rows(duplicates: int) -> list[_Row]:
+    return [_Row(f"{duplicates:,}", "answers taken from an equal request, not computed")] if duplicates else []
 
 
 def _kv_row(kv: KvUse) -> _Row:

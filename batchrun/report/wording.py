@@ -188,7 +188,12 @@ def explained(explanation: Explanation) -> list[tuple[str, str, str]]:
 
 
 def _explained(request: ExplainedRequest) -> list[tuple[str, str, str]]:
-    rows = [
+    rows = []
+    if request.duplicate_of is not None:
+        rows.append(("Duplicate", "", f"of {printable(request.duplicate_of, 40)}, with which it is computed"))
+    if request.answers > 1:
+        rows.append(("Duplicate", f"{request.answers:,}", "answers are given by computing it once"))
+    rows += [
         ("Prompt", f"{request.prompt_tokens:,}", "tokens"),
         ("Prompt", f"{request.shared_tokens:,}", "that some other prompt begins with too"),
         ("Prompt", f"{request.cached_tokens:,}", "read from shared prefixes; the others are computed for it alone"),

@@ -1,8 +1,8 @@
 """Do simulated times rank the schedule orders as measured times do? On `mixed` and `skew`, with little KV memory.
 
 Each order is simulated, and run; runs alternate, and the fastest of each order counts, since what disturbs a run only
-adds to it (as in scripts/calibrate); the median stands beside it. The model has SmolLM2-135M's shape and random weights.
-Prints a table for each workload and a JSON document.
+adds to it (as in scripts/calibrate); the median stands beside it. The model has SmolLM2-135M's shape and random
+weights. Prints a table for each workload and a JSON document.
 
     python scripts/bench/bench_orders.py --repeats 6
 """

@@ -34,6 +34,7 @@ TOKENS = TokenCounts(prompt_logical=1000, prompt_physical=250, prompt_computed=2
 def a_report() -> Report:
     return Report(
         request_counts=RequestCounts(10, 8, 1, 1),
+        duplicates=2,
         tokens=TOKENS,
         saving=TOKENS.saving,
         seconds=Seconds(total=3.0, tokenize=0.25, execute=2.5),
@@ -62,6 +63,7 @@ def a_report() -> Report:
 def a_plan() -> PlanFile:
     return PlanFile(
         requests=8,
+        duplicates=1,
         tokens=TOKENS,
         saving=TOKENS.saving,
         groups=(GroupSummary(4, 200, 8),),

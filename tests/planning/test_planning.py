@@ -323,20 +323,42 @@ def test_all_that_a_plan_keeps_can_run_to_its_limit_however_small_the_pool(
 ):
     count = len(requests)
     requests.endpoints = [Endpoint.CHAT] * count
-    requests.sampling = [SamplingParams(ignore_eos=True)]  # so that every answer does run to its limit
+    greedy = data.draw(st.booleans())
+    requests.sampling = [SamplingParams(0.0 if greedy else 1.0, ignore_eos=True)]  # every answer runs to its limit
+    requests.line = np.sort(np.array(data.draw(st.lists(st.integers(0, count - 1), min_size=count, max_size=count))))
+    requests.line = np.unique(requests.line, return_inverse=True)[1].astype(np.int32)
+    lines = int(requests.line[-1]) + 1
+    requests.line_numbers = requests.line_numbers[:lines]
+    prompts = [requests.tokens[row].tolist() for row in range(count)]
     defaulted = np.array(data.draw(st.lists(st.booleans(), min_size=count, max_size=count)))
     before = requests.max_new_tokens.copy()
     intake = Intake(requests, defaulted, faults=[], silent=0, clipped=0)
     options = PlanOptions("dfs", "tree", step_tokens=8, first_guess=first_guess)
-    kept, _, plan, faults, clipped = plan_what_fits(intake, COST, budget(pages, page_size), options)
+    fitting = plan_what_fits(intake, COST, budget(pages, page_size), options)
+    kept, answers, faults = fitting.requests, fitting.answers, fitting.faults
 
-    assert sorted([*kept.line_numbers.tolist(), *(fault.number for fault in faults)]) == list(range(1, count + 1))
+    assert sorted([*answers.line_numbers.tolist(), *(fault.number for fault in faults)]) == list(range(1, lines + 1))
     assert all(fault.code == "context_length_exceeded" for fault in faults)
     # Refused is what does not fit even alone and without sharing, and nothing else.
     least = requests.tokens.lengths + np.where(defaulted, 1, before) - 1
-    assert {fault.number for fault in faults} == set((np.flatnonzero(least > pages * page_size) + 1).tolist())
-    assert clipped == (kept.max_new_tokens < before[kept.line_numbers - 1]).sum()
-    sampled = [step.request[step.samples] for step in steps_of(plan, kept)]
+    too_large = np.unique(requests.line[least > pages * page_size])
+    assert {fault.number for fault in faults} == set((too_large + 1).tolist())
+    # Each answer of the others is given by a request that asks for just that.
+    asked = np.flatnonzero(~np.isin(requests.line, too_large))
+    assert len(answers) == asked.size
+    given = [
+        (kept.tokens[row].tolist(), limit)
+        for row, limit in zip(answers.request, kept.max_new_tokens[answers.request], strict=True)
+    ]
+    assert [prompt for prompt, _ in given] == [prompts[row] for row in asked]
+    limits = np.array([limit for _, limit in given], dtype=np.int64)
+    assert ((limits == before[asked]) | (defaulted[asked] & (limits < before[asked]))).all()
+    assert fitting.clipped == (limits < before[asked]).sum()
+    wanted = {
+        (tuple(prompts[row]), int(before[row]), bool(defaulted[row]), 0 if greedy else row) for row in asked.tolist()
+    }
+    assert len(kept) == len(wanted)
+    sampled = [step.request[step.samples] for step in steps_of(fitting.plan, kept)]
     counts = np.bincount(np.concatenate([*sampled, np.empty(0, dtype=int)]).astype(int), minlength=len(kept))
     assert counts.tolist() == kept.max_new_tokens.tolist()
 

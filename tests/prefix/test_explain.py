@@ -17,7 +17,7 @@ from batchrun.planning.memory import MemoryBudget
 from batchrun.planning.planner import Plan, PlanOptions, make_plan
 from batchrun.prefix.explain import Explanation, PrefixRead, Timetable, explain, shared_runs
 from batchrun.prefix.forest import build_forest
-from batchrun.request import LineFault, Requests
+from batchrun.request import Answers, LineFault, Requests
 from batchrun.schedule.scheduler import Scheduler
 from batchrun.schedule.step import Step, StepOutput
 
@@ -106,9 +106,14 @@ def planned(requests: Requests, answers: list[int]):
 
 
 def explained(requests: Requests, forest, plan: Plan, timetable: Timetable, custom_id: str, faults=()) -> Explanation:
-    found = explain(custom_id, faults, requests, forest, plan.groups, timetable, text)
+    found = explain(custom_id, faults, own_answers(requests), requests, forest, plan.groups, timetable, text)
     assert found is not None
     return found
+
+
+def own_answers(requests: Requests) -> Answers:
+    """Each request gives one answer."""
+    return Answers.of(requests, np.arange(len(requests), dtype=np.int32))
 
 
 @settings(max_examples=60, deadline=None)
@@ -181,7 +186,22 @@ def test_bad_lines_and_unknown_ones():
     assert (bad.line, bad.requests, bad.faults) == (7, (), (faults[0],))
     doubled = explained(requests, forest, plan, timetable, "r1", faults)
     assert (doubled.line, len(doubled.requests), doubled.faults) == (2, 1, (faults[1],))
-    assert explain("nobody", faults, requests, forest, plan.groups, timetable, text) is None
+    answers = own_answers(requests)
+    assert explain("nobody", faults, answers, requests, forest, plan.groups, timetable, text) is None
+
+
+def test_a_duplicate_is_explained_by_the_request_that_it_is_computed_with():
+    requests, forest, plan, timetable = a_job()
+    asked = make_requests([[1, 2, 3, 4, 5, 6, 7], [9, 9], [1, 2, 3, 4, 5, 6, 8], [9, 9]], [3] * 4)
+    requests.custom_ids = ["r0", "r2", "r1"]
+    answers = Answers.of(asked, np.array([0, 2, 1, 2], dtype=np.int32))
+    found = explain("r3", [], answers, requests, forest, plan.groups, timetable, text)
+    [request] = found.requests
+    assert (found.custom_id, found.line) == ("r3", 4)
+    assert (request.duplicate_of, request.answers, request.prompt_tokens) == ("r1", 2, 2)
+    for custom_id, count in (("r1", 2), ("r0", 1)):
+        [request] = explain(custom_id, [], answers, requests, forest, plan.groups, timetable, text).requests
+        assert (request.duplicate_of, request.answers) == (None, count)
 
 
 def test_what_was_not_simulated_is_not_made_up():

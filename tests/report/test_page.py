@@ -31,6 +31,7 @@ TOKENS = TokenCounts(prompt_logical=251_904, prompt_physical=31_220, prompt_comp
 def a_report(**changes) -> Report:
     report = Report(
         request_counts=RequestCounts(480, 478, 2, 0),
+        duplicates=0,
         tokens=TOKENS,
         saving=TOKENS.saving,
         seconds=Seconds(total=250.0, load=10.0, tokenize=5.0, plan=5.0, execute=225.0),

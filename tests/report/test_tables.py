@@ -40,6 +40,7 @@ HOSTILE = "\x1b[31m[red]\u202e[/red]<script>\x00\x9b\ud800" + "x" * 150 + "æ¼¢å­
 def a_report(**changes) -> Report:
     report = Report(
         request_counts=RequestCounts(480, 478, 2, 0),
+        duplicates=0,
         tokens=TOKENS,
         saving=TOKENS.saving,
         seconds=Seconds(total=250.3, load=1.23, tokenize=0.31, plan=0.048, execute=247.2),
