@@ -77,7 +77,7 @@ def run_loop(
             if recovery is None:
                 raise
             in_flight.clear()
-            recovery.crashed(str(lost))
+            recovery.crashed(str(lost), killed=lost.killed)
             worker.restart()
             continue
         step, pages_used = in_flight.popleft()

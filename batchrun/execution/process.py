@@ -60,7 +60,7 @@ class Remote:
         try:
             self._here.send((method, args))
         except OSError:
-            raise WorkerLost(self._end()) from None
+            raise self._end() from None
 
     def receive(self, *, patient: bool = False) -> Any:
         """What the oldest call returned that was not received yet.
@@ -78,7 +78,7 @@ class Remote:
                 raise WorkerLost(f"the worker has not answered for {self._timeout:g} s")
             value, error = self._here.recv()
         except (EOFError, ConnectionError):
-            raise WorkerLost(self._end()) from None
+            raise self._end() from None
         if isinstance(error, BatchrunError):
             raise error
         if error is not None:
@@ -102,18 +102,18 @@ class Remote:
         self._process.wait()
         self._here.close()
 
-    def _end(self) -> str:
-        """How the process ended, in words."""
+    def _end(self) -> WorkerLost:
+        """How the process ended."""
         try:
             code = self._process.wait(_PATIENCE)
         except subprocess.TimeoutExpired:
             self.kill()
-            return "the worker closed its connection"
+            return WorkerLost("the worker closed its connection")
         if code >= 0:
-            return f"the worker ended with exit code {code}"
-        name = signal.Signals(-code).name
-        words = " (what the system does when memory runs out)" if -code == signal.SIGKILL else ""
-        return f"the worker was ended by {name}{words}"
+            return WorkerLost(f"the worker ended with exit code {code}")
+        killed = -code == signal.SIGKILL
+        words = " (what the system does when memory runs out)" if killed else ""
+        return WorkerLost(f"the worker was ended by {signal.Signals(-code).name}{words}", killed=killed)
 
 
 class RemoteEngine:

@@ -21,6 +21,8 @@ class Recovery:
     suspects, and are run by themselves (a trial); of those that bring the worker down again, one half is tried, then
     the other, down to the one that does it alone, twice: it is left out. Whoever comes through a trial has its answer.
 
+    Where it was killed, which is what the system does when memory runs out, all goes on with smaller steps and less KV.
+
     Logits that are no numbers tell whose they are: that request is computed once more from the start, and left out if
     it happens again.
 
@@ -39,8 +41,8 @@ class Recovery:
         self._trials: list[list[int]] = []  # the last one is under way
         self._in_a_row = 0
 
-    def crashed(self, cause: str) -> None:
-        """The worker was lost with all it had.
+    def crashed(self, cause: str, *, killed: bool = False) -> None:
+        """The worker was lost with all it had; `killed` as in `WorkerLost`.
 
         Raises:
             BatchrunError: it happens again and again, and no request is to blame.
@@ -48,6 +50,8 @@ class Recovery:
         present = sorted(self._scheduler.requests_in_steps().tolist())
         self._count(cause)
         self._scheduler.restart()
+        if killed and self._scheduler.shrink():
+            log.warning("from now on steps are smaller and fewer KV pages are taken")
         self._seen.update(present)
         if self._trials:
             suspects = [request for request in self._trials.pop() if request in present]

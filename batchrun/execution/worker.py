@@ -8,7 +8,15 @@ from batchrun.schedule.step import Step, StepOutput
 
 
 class WorkerLost(Exception):
-    """A worker is gone, with all that it has computed: it crashed, was killed, or hung. Its message is the cause."""
+    """A worker is gone, with all that it has computed: it crashed, was killed, or hung. Its message is the cause.
+
+    Attributes:
+        killed: whether it was killed, which is what the system does when memory runs out.
+    """
+
+    def __init__(self, cause: str, *, killed: bool = False) -> None:
+        super().__init__(cause)
+        self.killed = killed
 
 
 class Worker(Protocol):

@@ -20,10 +20,10 @@ class PagePool:
         peak_used: most pages ever held at once.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, *, peak_used: int = 0) -> None:
         self.size = size
         self.num_free = size
-        self.peak_used = 0
+        self.peak_used = peak_used
         self._held: dict[int, list[int]] = {}
         self._free = bytearray(b"\1") * size  # a byte a page, so that a run of free pages is one `find`
         self._all_taken_below = 0

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from batchrun.planning.lengths import OutputLengths
-from batchrun.planning.planner import Plan, order_requests
+from batchrun.planning.planner import Plan, order_requests, pages_needed
 from batchrun.request import FinishReason, Requests
 from batchrun.schedule.ledger import PageLedger
 from batchrun.schedule.pages import PagePool
@@ -32,6 +32,7 @@ Bool = npt.NDArray[np.bool_]
 Watch = Callable[[Int32, Int32, Bool], Bool]
 
 _AHEAD = 64
+_SHRINK = 16  # to what share of what was planned steps and pool are made smaller at most
 _NO_INTS = np.empty(0, dtype=np.int32)
 
 
@@ -252,6 +253,20 @@ class Scheduler:
             self._drop_prefix(slot)
         self._releases, self._grants = [], []
         self._updates = self._steps
+
+    def shrink(self) -> bool:
+        """After a restart, take half as much memory, in rows of a step and in pages, as far as every request fits alone;
+        returns whether that was possible."""
+        plan = self._plan
+        least = int(pages_needed(plan.groups, self._requests, plan.budget).max())
+        tokens = max(self._step_tokens // 2, plan.options.step_tokens // _SHRINK, 1)
+        pages = max(self.pool.size // 2, plan.budget.pages // _SHRINK, least)
+        if tokens >= self._step_tokens and pages >= self.pool.size:
+            return False
+        self._step_tokens = min(tokens, self._step_tokens)
+        if pages < self.pool.size:
+            self.pool = PagePool(pages, peak_used=self.pool.peak_used)
+        return True
 
     def confine(self, requests: Collection[int] | None) -> None:
         """After a restart, let only these requests go on, of those that wait; None: all of them again."""

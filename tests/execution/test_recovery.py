@@ -35,6 +35,8 @@ class Fault:
 class FaultyWorker(ContextWorker):
     """Is lost, or gives no numbers, when some requests are in a step."""
 
+    most_pages: int | None = None  # beyond which it is killed, as for want of memory
+
     def __init__(self, requests: Requests, page_size: int, pages: int, faults: dict[int, Fault]) -> None:
         super().__init__(requests, page_size, pages)
         self.faults = faults
@@ -56,6 +58,10 @@ class FaultyWorker(ContextWorker):
 
     def collect(self) -> StepOutput:
         step = self.under_way[0]
+        used = set(np.flatnonzero(self.owner >= 0).tolist()) | set(step.grant_page.tolist())
+        if self.most_pages is not None and len(used) > self.most_pages:
+            self.lost += 1
+            raise WorkerLost("killed", killed=True)
         if self.strikes(step, "crash"):
             self.lost += 1
             raise WorkerLost("crashed")
@@ -117,6 +123,37 @@ def test_those_at_fault_are_left_out_and_no_other(
     assert (recovery.crashes > 0) == any(worker.met.values())
     for request, cause in left_out.items():
         assert ("crashed" if faults[request].kind == "crash" else "not numbers") in cause
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_worker_that_is_killed_for_want_of_memory_goes_on_with_less(depth: int) -> None:
+    """A quarter of the pool is what the machine has: all answers come, after two times, and nobody is suspected."""
+    requests = make_requests([[i % 7, i % 11, i] for i in range(200)], [9] * 200, ignore_eos=True)
+    plan = plan_of(requests, 4, 400, 512)
+    worker = FaultyWorker(requests, 4, plan.budget.pages, {})
+    worker.most_pages = plan.budget.pages // 4
+    scheduler = Scheduler(plan, requests, depth=depth)
+    finished: list[Finished] = []
+    recovery = Recovery(scheduler, lambda request, attempts, cause: pytest.fail(cause))
+    run_loop(scheduler, worker, on_finished=finished.append, recovery=recovery)
+    assert sorted(f.request for f in finished) == list(range(200))
+    for f in finished:
+        assert f.token_ids.tolist() == answer(requests.tokens[f.request].tolist(), 9, None)
+    assert recovery.crashes == worker.lost == 2
+    assert scheduler.pool.size == plan.budget.pages // 4
+    assert worker.most_pages < scheduler.pool.peak_used <= plan.budget.pages
+
+
+def test_shrinking_ends_where_the_largest_request_still_fits() -> None:
+    requests = make_requests([[1] * 30, [2]], [3, 3], ignore_eos=True)
+    plan = plan_of(requests, 4, 100, 64)
+    scheduler = Scheduler(plan, requests)
+    sizes = [scheduler.pool.size]
+    while scheduler.shrink():
+        sizes.append(scheduler.pool.size)
+        assert sizes[-1] <= sizes[-2]
+    assert sizes[-1] == max(8, sizes[0] // 16)
+    assert len(sizes) == 5
 
 
 def test_one_crash_in_a_thousand_costs_little() -> None:
