@@ -255,7 +255,7 @@ class Scheduler:
         self._updates = self._steps
 
     def shrink(self) -> bool:
-        """After a restart, take half as much memory, in rows of a step and in pages, as far as every request fits alone;
+        """After a restart, take half as much memory, in rows of a step and in pages, so far as each request fits alone;
         returns whether that was possible."""
         plan = self._plan
         least = int(pages_needed(plan.groups, self._requests, plan.budget).max())
