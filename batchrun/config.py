@@ -185,6 +185,22 @@ class SamplingConfig(_Section):
     min_tokens: NaturalNumber | None = Field(
         default=None, description="Tokens of an answer before it may end by itself."
     )
+    presence_penalty: float | None = Field(
+        default=None, ge=-2, le=2, description="Taken from the logit of every token that the answer has already."
+    )
+    frequency_penalty: float | None = Field(
+        default=None, ge=-2, le=2, description="Taken from the logit of a token for each time that the answer has it."
+    )
+    repetition_penalty: float | None = Field(
+        default=None,
+        gt=0,
+        le=100,
+        description="Positive logits of tokens that prompt or answer have are divided by it, negative ones multiplied.",
+    )
+    include_stop_str_in_output: bool | None = Field(
+        default=None, description="Leave the stop string that ended an answer in its text."
+    )
+    skip_special_tokens: bool | None = Field(default=None, description="Leave special tokens out of the text.")
 
 
 class LimitsConfig(_Section):
@@ -425,7 +441,9 @@ def _dashes(name: str) -> str:
 
 
 _SAMPLING_FIELDS = tuple(SamplingConfig.model_fields)
+_LINE_FIELDS = ("logit_bias", "logprobs", "echo", "n")  # which only a line can ask for
 _said = attrgetter(*_SAMPLING_FIELDS)
+_said_by_line = attrgetter(*_SAMPLING_FIELDS, *_LINE_FIELDS)
 _GENERATION_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "do_sample")
 
 
@@ -446,15 +464,15 @@ def resolve_sampling(
     model: tuple[Any, ...] = ()
     if not ignore_generation_config:
         model = tuple(map(generation_config.get, _GENERATION_FIELDS))
-    return _resolve_sampling(_said(options), _said(config_sampling), model)
+    return _resolve_sampling(_said_by_line(options), _said(config_sampling), model)
 
 
 @cache  # a job of millions of lines has a handful of distinct settings
 def _resolve_sampling(line: tuple[Any, ...], config: tuple[Any, ...], model: tuple[Any, ...]) -> SamplingParams:
     chosen = {name: value for name, value in _model_sampling(model).items() if value is not None}
-    for source in (config, line):
-        chosen |= {name: value for name, value in zip(_SAMPLING_FIELDS, source, strict=True) if value is not None}
-    for name in ("temperature", "top_p", "min_p"):
+    for names, source in ((_SAMPLING_FIELDS, config), ((*_SAMPLING_FIELDS, *_LINE_FIELDS), line)):
+        chosen |= {name: value for name, value in zip(names, source, strict=True) if value is not None}
+    for name in ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"):
         if name in chosen:
             chosen[name] = float(chosen[name])
     if chosen.get("temperature") == 0:
@@ -479,12 +497,6 @@ def _model_sampling(values: tuple[Any, ...]) -> dict[str, Any]:
     for name, value in model.items():
         if value is not None and not isinstance(value, bool if name == "do_sample" else int | float):
             raise UsageError(f"The model's generation_config.json has {name} = {value!r}.", hint=hint)
-    if model.pop("repetition_penalty") not in (None, 1):
-        penalty = values[_GENERATION_FIELDS.index("repetition_penalty")]
-        raise UsageError(
-            f"The model's generation_config.json asks for repetition_penalty {penalty}, which is not supported.",
-            hint=hint,
-        )
     if model.pop("do_sample") is False:
         model["temperature"] = 0.0
     return model

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -84,18 +84,23 @@ def read_requests(
     @lru_cache(maxsize=4096)  # most lines say the same
     def sampling_id(options: LineOptions) -> int:
         sampling = resolve_sampling(options, config.sampling, generation_config, config.ignore_generation_config)
+        if options.bad_words:
+            sampling = replace(sampling, bad_words=tokenizer.encode_words(options.bad_words))
         return known.setdefault(sampling, len(known))
 
     encoder = PromptEncoder(tokenizer)
     for batch in _batches(lines, tokenizer):
         for (line, _), prompts in zip(batch, _encode(batch, encoder), strict=True):
+            if not isinstance(prompts, LineFault):
+                prompts = _truncated(line, prompts, spec)
             fault = prompts if isinstance(prompts, LineFault) else _fault(line, prompts, spec)
             if fault is not None:
                 faults.append(fault)
                 continue
             assert not isinstance(prompts, LineFault)
             defaulted = cut = False
-            for choice, ids in enumerate(prompts):
+            # A line of several prompts has the choices of the first first.
+            for choice, ids in enumerate(ids for ids in prompts for _ in range(line.options.n or 1)):
                 limit, defaulted, clip = resolve_max_tokens(
                     line.options, line.endpoint, len(ids), config.max_tokens, spec.max_context
                 )
@@ -179,6 +184,16 @@ def _encode(
             ]
 
 
+def _truncated(line: JobLine, prompts: list[Int32], spec: ModelSpec) -> list[Int32]:
+    """The prompts as far as the line wants them: the last tokens of each."""
+    keep = line.options.truncate_prompt_tokens
+    if keep is None:
+        return prompts
+    if keep == -1:  # all that leaves room for the answer
+        keep = max(spec.max_context - (line.options.max_tokens or 1), 1)
+    return [ids[-keep:] for ids in prompts]
+
+
 def _fault(line: JobLine, prompts: list[Int32], spec: ModelSpec) -> LineFault | None:
     """Why a line cannot run, now that its tokens are known."""
     for ids in prompts:
@@ -186,6 +201,10 @@ def _fault(line: JobLine, prompts: list[Int32], spec: ModelSpec) -> LineFault | 
             return _invalid(line, "the prompt has no tokens", "empty_prompt")
         if (largest := int(ids.max())) >= spec.vocab_size:
             return _invalid(line, f"token id {largest} is not below the vocabulary's {spec.vocab_size}")
+        bad = max((token for token, _ in line.options.logit_bias or ()), default=0)
+        if bad >= spec.vocab_size:
+            message = f"token id {bad} is not below the vocabulary's {spec.vocab_size}"
+            return LineFault(line.number, line.custom_id, "invalid_request", message, "logit_bias")
         if ids.size >= spec.max_context:
             return _invalid(
                 line,

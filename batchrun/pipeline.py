@@ -23,6 +23,7 @@ from batchrun.devices import DEPTH
 from batchrun.errors import BatchrunError, ExitCode, NothingRunnable, OutputError, UsageError
 from batchrun.execution.collect import LineCollector
 from batchrun.execution.limits import Limits, RequestClock
+from batchrun.execution.logprobs import LogprobTable
 from batchrun.execution.loop import run_loop
 from batchrun.execution.process import RemoteEngine
 from batchrun.execution.recovery import Recovery
@@ -483,7 +484,8 @@ class _Run:
         engine.start(requests, eos_token_ids, plan.budget.page_size, plan.budget.pages)
 
         texts = TextStops(prepared.tokenizer, requests)
-        lines = LineCollector(prepared.answers, plan.groups, self.subject.name, sink)
+        logprobs = LogprobTable(requests)
+        lines = LineCollector(prepared.answers, plan.groups, self.subject.name, sink, prepared.tokenizer)
         newly_finished = 0
 
         def on_finished(finished: Finished) -> None:
@@ -491,7 +493,8 @@ class _Run:
             text, by_text = texts.text(finished)
             reason = FinishReason.STOP if by_text else finished.reason
             prompt_tokens = requests.tokens.span(finished.request).length
-            answers = lines.add(finished, prompt_tokens, text, reason)
+            kept = logprobs.take(finished.request, finished.token_ids.size - finished.ended)
+            answers = lines.add(finished, prompt_tokens, text, reason, kept)
             self.finish_reasons[reason.value] += answers
             self.answered_prompt_tokens += answers * prompt_tokens
             newly_finished += answers
@@ -509,6 +512,7 @@ class _Run:
                 step_writer.write(step, output.seconds)
 
         def fail(request: int, code: str, message: str, attempts: int) -> None:
+            logprobs.forget(request)
             if failed := lines.fail(request, code, message, attempts=attempts):
                 self.error_codes[code] += failed
 
@@ -527,6 +531,7 @@ class _Run:
                 scheduler,
                 engine,
                 on_finished=on_finished,
+                on_output=logprobs.add,
                 on_step=on_step,
                 watch=texts.watch,
                 should_stop=lambda: self.observer.should_stop() or self._limit_reached(),

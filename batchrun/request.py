@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -48,10 +48,26 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     min_tokens: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # token id and what is added to its logit
+    bad_words: tuple[tuple[int, ...], ...] = ()  # token ids of words; the last of a word never follows the others
+    logprobs: int | None = None  # likeliest tokens to name at each place, beside the one sampled; None: no logprobs
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    echo: bool = False  # whether the text begins with the prompt
+    n: int = 1  # answers to a prompt
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether the choice of a token depends on those sampled before."""
+        penalties = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1
+        return bool(penalties) or any(len(word) > 1 for word in self.bad_words)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +82,17 @@ class LineOptions:
     stop_token_ids: tuple[int, ...] | None = None
     ignore_eos: bool | None = None
     min_tokens: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: tuple[tuple[int, float], ...] | None = None
+    bad_words: tuple[str, ...] | None = None
+    logprobs: int | None = None  # likeliest tokens to name at each place
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    echo: bool | None = None
+    n: int | None = None  # answers to each prompt
+    truncate_prompt_tokens: int | None = None  # the last so many tokens of a prompt count; -1: as many as fit
     max_tokens: int | None = None  # max_completion_tokens where the line has it, else max_tokens
     seed: int | None = None
     expected_tokens: int | None = None  # a hint on the answer's length, which changes no result
@@ -191,9 +218,11 @@ class Requests:
         return self.take(np.flatnonzero(np.isin(self.line, lines)))
 
     def for_sampling(self) -> Requests:
-        """Only what sampling asks for: all that a worker wants to know, and little to send to it."""
+        """Only what sampling asks for: all that a worker wants to know, and little to send to it. Prompts are empty but
+        for those whose tokens are penalised."""
+        penalised = np.array([s.repetition_penalty != 1 for s in self.sampling], dtype=bool)
         return Requests(
-            tokens=TokenTable(np.empty(0, dtype=np.int32), np.zeros(1, dtype=np.int64)),
+            tokens=self.tokens.only(penalised[self.sampling_id]),
             line=self.line[:0],
             sampling_id=self.sampling_id,
             sampling=self.sampling,
@@ -223,6 +252,7 @@ class Answers:
             it was made for; the others are its duplicates.
         line: int32 `[A]`, index of the line; answers of a line are adjacent and in choice order.
         seed: uint64 `[A]`.
+        n: int32 `[A]`, answers that the line asks for to this prompt; they are neighbours.
         line_numbers: int32 `[N]`, 1-based line of the job file.
         custom_ids: `[N]`.
         endpoints: `[N]`.
@@ -231,6 +261,7 @@ class Answers:
     request: npt.NDArray[np.int32]
     line: npt.NDArray[np.int32]
     seed: npt.NDArray[np.uint64]
+    n: npt.NDArray[np.int32]
     line_numbers: npt.NDArray[np.int32]
     custom_ids: list[str]
     endpoints: list[Endpoint]
@@ -238,7 +269,8 @@ class Answers:
     @classmethod
     def of(cls, asked: Requests, request: npt.NDArray[np.int32]) -> Answers:
         """The answers that the lines ask for, one a row of `asked`, where request `request[i]` gives answer i."""
-        return cls(request, asked.line, asked.seed, asked.line_numbers, asked.custom_ids, asked.endpoints)
+        n = np.array([sampling.n for sampling in asked.sampling], dtype=np.int32)[asked.sampling_id]
+        return cls(request, asked.line, asked.seed, n, asked.line_numbers, asked.custom_ids, asked.endpoints)
 
     def __len__(self) -> int:
         return self.request.size
@@ -253,6 +285,28 @@ class Usage:
     completion_tokens: int
 
 
+class TokenText(NamedTuple):
+    """What a token stands for: its text, U+FFFD in it where the bytes are no whole character, and its bytes."""
+
+    text: str
+    bytes: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Log-probabilities of an answer's tokens, by the model's own distribution at each place.
+
+    Attributes:
+        sampled: float32 `[tokens]`, of the tokens of the answer.
+        top_ids: int32 `[tokens, K]`, the likeliest tokens at each place, likeliest first.
+        top: float32 `[tokens, K]`, theirs.
+    """
+
+    sampled: npt.NDArray[np.float32]
+    top_ids: npt.NDArray[np.int32]
+    top: npt.NDArray[np.float32]
+
+
 @dataclass(frozen=True, slots=True)
 class Result:
     """One answer of a line; `index` is its row in `Answers`."""
@@ -262,3 +316,4 @@ class Result:
     token_ids: npt.NDArray[np.int32] = field(repr=False)
     finish_reason: FinishReason
     usage: Usage
+    logprobs: Logprobs | None = field(default=None, repr=False)

@@ -18,8 +18,14 @@ import numpy as np
 import numpy.typing as npt
 
 from batchrun.errors import ModelRefused, UsageError
+from batchrun.request import TokenText
 
 _REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no character, or not yet one
+# The letters that stand for bytes in byte-level BPE (GPT-2): those that print stand for themselves, the others
+# for the letters behind U+00FF in their order.
+_PRINT = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_BYTE_OF = {chr(byte): byte for byte in _PRINT}
+_BYTE_OF |= {chr(0x100 + n): byte for n, byte in enumerate(byte for byte in range(0x100) if byte not in set(_PRINT))}
 _BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 Int32 = npt.NDArray[np.int32]
@@ -41,6 +47,7 @@ class Tokenizer:
         self.vocab_size: int = len(fast)
         self.has_chat_template: bool = fast.chat_template is not None
         self._special = frozenset(id for id, token in fast.added_tokens_decoder.items() if token.special)
+        self._tokens: dict[int, TokenText] = {}
         self._bytes = frozenset[int]()
         decoder = self._backend.decoder
         if decoder is not None and b'"ByteFallback"' in decoder.__getstate__():
@@ -54,6 +61,35 @@ class Tokenizer:
         """
         encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in encoded]
+
+    def encode_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Token ids of each word, at the beginning of a text and behind a space, as vLLM does for `bad_words`."""
+        found = set()
+        for word in words:
+            for text in (word, " " + word.lstrip()):
+                ids = tuple(self._backend.encode(text, add_special_tokens=False).ids)
+                if ids:
+                    found.add(ids)
+        return tuple(sorted(found))
+
+    def token(self, token_id: int) -> TokenText:
+        """What one token stands for behind other text, special tokens too."""
+        if token_id not in self._tokens:
+            name = self._backend.id_to_token(token_id) or ""
+            # Decoders treat the first token of a text in a special way.
+            behind = self._backend.encode("a", add_special_tokens=False).ids
+            before, whole = (
+                self._backend.decode(ids, skip_special_tokens=False) for ids in (behind, [*behind, token_id])
+            )
+            text = whole[len(before) :]
+            data = text.encode("utf-8", "surrogatepass")
+            if _REPLACEMENT in text:
+                if token_id in self._bytes:
+                    data = bytes([int(name[3:5], 16)])
+                elif all(letter in _BYTE_OF for letter in name):  # written in the letters of byte-level BPE
+                    data = bytes(_BYTE_OF[letter] for letter in name)
+            self._tokens[token_id] = TokenText(text, data)
+        return self._tokens[token_id]
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """The text of a chat in the chat template, up to where the assistant begins to speak. It has its special
@@ -75,9 +111,9 @@ class Tokenizer:
         except Exception as error:  # a template can raise anything, and it concerns this chat only
             raise ValueError(f"the chat template refuses these messages: {error}") from error
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, special tokens left out."""
-        return self._backend.decode(ids, skip_special_tokens=True)
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of token ids, special tokens left out unless they are wanted."""
+        return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def eos_token_ids(self, generation_config: Mapping[str, Any]) -> frozenset[int]:
         """Every id that ends a text: those of the model's `generation_config.json` and the tokenizer's own."""
@@ -85,9 +121,9 @@ class Tokenizer:
         ids = {*(listed if isinstance(listed, list) else [listed]), self._fast.eos_token_id}
         return frozenset(ids - {None})
 
-    def writes_nothing(self, token_id: int) -> bool:
-        """Whether a token leaves no trace in text: a special token, or an id that no token has."""
-        return token_id in self._special or self._backend.id_to_token(token_id) is None
+    def writes_nothing(self, token_id: int, *, skip_special_tokens: bool = True) -> bool:
+        """Whether a token leaves no trace in text: a special token that is left out, or an id that no token has."""
+        return (skip_special_tokens and token_id in self._special) or self._backend.id_to_token(token_id) is None
 
     def is_byte(self, token_id: int) -> bool:
         """Whether a token is one byte, to be decoded together with the byte tokens next to it."""
@@ -267,8 +303,9 @@ class IncrementalDecoder:
     not wait for the end of such a run: it gives out text that later turns out wrong, or fails).
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
         self._pending: list[int] = []  # tokens whose text was not given out yet
         # The tokens given out last, and their text: decoders treat the first token of a text in a special way, so
         # the pending ones are decoded behind these.
@@ -277,7 +314,7 @@ class IncrementalDecoder:
 
     def push(self, token_id: int) -> str:
         """Take one token; return the text that is settled by it."""
-        if self._tokenizer.writes_nothing(token_id):
+        if self._tokenizer.writes_nothing(token_id, skip_special_tokens=self._skip):
             return ""
         self._pending.append(token_id)
         if self._tokenizer.is_byte(token_id):
@@ -286,7 +323,7 @@ class IncrementalDecoder:
         if not text or text.endswith(_REPLACEMENT):
             return ""
         self._context, self._pending = self._pending, []
-        self._context_text = self._tokenizer.decode(self._context)
+        self._context_text = self._decode(self._context)
         return text
 
     def flush(self) -> str:
@@ -294,7 +331,10 @@ class IncrementalDecoder:
         return self._pending_text() if self._pending else ""
 
     def _pending_text(self) -> str:
-        return self._tokenizer.decode(self._context + self._pending)[len(self._context_text) :]
+        return self._decode(self._context + self._pending)[len(self._context_text) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=self._skip)
 
 
 class StopStrings:
@@ -303,13 +343,17 @@ class StopStrings:
     The outcome depends on the text alone, not on how it was cut into pieces. Of stop strings that are completed by
     the same character the longest counts.
 
+    Args:
+        keep: whether the stop string stays in the text.
+
     Attributes:
         text: everything fed so far; once stopped, what stood before the stop string.
         stopped: whether a stop string occurred.
     """
 
-    def __init__(self, stop: Sequence[str]) -> None:
+    def __init__(self, stop: Sequence[str], *, keep: bool = False) -> None:
         self._stop = stop
+        self._keep = keep
         self._longest = max(map(len, stop))
         self.text = ""
         self.stopped = False
@@ -324,7 +368,8 @@ class StopStrings:
         found = [(at + len(stop), at) for stop in self._stop if (at := self.text.find(stop, start)) >= 0]
         if found:
             self.stopped = True
-            self.text = self.text[: min(found)[1]]
+            end, at = min(found)
+            self.text = self.text[: end if self._keep else at]
         return self.stopped
 
 

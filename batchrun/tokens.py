@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -62,6 +62,16 @@ class TokenTable:
         offsets = np.concatenate(([0], np.cumsum(self.lengths[rows])))
         return TokenTable(np.concatenate([np.empty(0, dtype=np.int32), *parts]), offsets.astype(np.int64))
 
+    def only(self, rows: npt.NDArray[np.bool_]) -> TokenTable:
+        """A new table in which all other rows are empty.
+
+        Args:
+            rows: bool `[rows]`.
+        """
+        lengths = np.where(rows, self.lengths, 0)
+        ids = [self.ids[:0], *(self[row] for row in np.flatnonzero(rows).tolist())]
+        return TokenTable(np.concatenate(ids), np.concatenate(([0], np.cumsum(lengths))))
+
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
         """Tokens of each row, int64 `[rows]`."""
@@ -83,3 +93,9 @@ class TokenTableBuilder:
     def build(self) -> TokenTable:
         """The table of all rows so far, over the builder's own buffers: no row can be added any more."""
         return TokenTable(np.asarray(self._ids), np.asarray(self._offsets))
+
+
+def concat_ranges(low: npt.NDArray[np.integer[Any]], size: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.int64]:
+    """`[low[0], low[0] + 1, ..., low[1], ...]`: the given ranges one after another, int64 `[sum of size]`."""
+    ends = np.cumsum(size, dtype=np.int64)
+    return np.arange(ends[-1] if ends.size else 0) + np.repeat(low - (ends - size), size)

@@ -10,7 +10,7 @@ import dataclasses
 import inspect
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -181,6 +181,14 @@ MEANINGS = {
     "max_tokens": "Tokens of the answer at most.",
     "max_completion_tokens": "The same under its newer name; it wins over `max_tokens`.",
     "seed": "Seed of the answer; choice i uses seed + i.",
+    "n": "Answers to each prompt; the choices of the first prompt come first.",
+    "logit_bias": "Added to the logits of tokens.",
+    "bad_words": "Texts that the answer must not have, as tokens at the start of a text and behind a space.",
+    "truncate_prompt_tokens": "Only the last so many tokens of the prompt count; -1: as many as leave room to answer.",
+    "logprobs": "In a chat true or false, in a completion the number of alternatives: log-probabilities of the "
+    "answer's tokens by the model's own distribution, before penalties, temperature and whatever cuts it.",
+    "top_logprobs": "Of a chat with `logprobs`: likeliest tokens to name at each place.",
+    "echo": "Of a completion: its text begins with the prompt. Not together with `logprobs`.",
 }
 
 NOT_BUILT = """### Fields that are accepted only where they change nothing
@@ -299,14 +307,17 @@ def _formats() -> str:
 
 def _answer_fields() -> str:
     meanings = {name: field.description for name, field in config.SamplingConfig.model_fields.items()} | MEANINGS
-    rows = [(f"`{name}`", _wanted(name), meanings[name] or "") for name in job._CHECKS]
+    checks = job._CHECKS | job._OF_ENDPOINT[Endpoint.COMPLETIONS] | job._OF_ENDPOINT[Endpoint.CHAT]
+    rows = [(f"`{name}`", _wanted(name, check), meanings[name] or "") for name, check in checks.items()]
     return _table(("field", "value", "meaning"), rows)
 
 
-def _wanted(name: str) -> str:
+def _wanted(name: str, check: Callable[[str, Any], Any]) -> str:
     """What a field must be, in the words of its own error message."""
+    if name == "logprobs":
+        return f"true or false; an integer from 0 to {job.MAX_LOGPROBS}"
     try:
-        job._CHECKS[name](name, object())
+        check(name, object())
     except job._Fault as fault:
         found = re.search(r"must be (.*), and is", str(fault))
         assert found is not None

@@ -184,10 +184,10 @@ def test_what_is_no_size(text):
 
 
 def test_order_of_trust_line_then_config_then_model_then_api():
-    model = {"temperature": 0.6, "top_p": 0.9, "top_k": 20, "repetition_penalty": 1.0, "do_sample": True}
+    model = {"temperature": 0.6, "top_p": 0.9, "top_k": 20, "repetition_penalty": 1.05, "do_sample": True}
     config = SamplingConfig(temperature=0.7, top_p=0.8)
     resolved = resolve_sampling(LineOptions(temperature=0.5), config, model, False)
-    assert resolved == SamplingParams(temperature=0.5, top_p=0.8, top_k=20)
+    assert resolved == SamplingParams(temperature=0.5, top_p=0.8, top_k=20, repetition_penalty=1.05)
     assert resolve_sampling(LineOptions(), config, model, True) == SamplingParams(temperature=0.7, top_p=0.8)
     assert resolve_sampling(LineOptions(), SILENT, model, True) == SamplingParams(temperature=1.0, top_p=1.0)
     assert resolve_sampling(LineOptions(), SILENT, {"temperature": None}, False) == SamplingParams()
@@ -203,8 +203,19 @@ def test_everything_a_line_says_arrives():
         stop_token_ids=(4,),
         ignore_eos=True,
         min_tokens=2,
+        presence_penalty=1,
+        frequency_penalty=-1.5,
+        repetition_penalty=1.2,
+        logit_bias=((3, 1.0),),
+        logprobs=4,
+        include_stop_str_in_output=True,
+        skip_special_tokens=False,
+        echo=True,
+        n=2,
     )
-    assert resolve_sampling(options, SILENT, {}, False) == SamplingParams(1.0, 0.5, 3, 0.1, ("a",), (4,), True, 2)
+    assert resolve_sampling(options, SILENT, {}, False) == SamplingParams(
+        1.0, 0.5, 3, 0.1, ("a",), (4,), True, 2, 1.0, -1.5, 1.2, ((3, 1.0),), (), 4, True, False, True, 2
+    )
 
 
 def test_a_line_can_undo_what_the_config_says():
@@ -232,7 +243,7 @@ def test_equal_settings_are_one_object_however_they_came_about():
     assert resolve_sampling(LineOptions(temperature=0.0, top_p=0.2, top_k=9), SILENT, {}, False) is greedy
 
 
-@pytest.mark.parametrize("model", [{"repetition_penalty": 1.05}, {"temperature": "hot"}, {"do_sample": 1}])
+@pytest.mark.parametrize("model", [{"repetition_penalty": "1.05"}, {"temperature": "hot"}, {"do_sample": 1}])
 def test_a_generation_config_that_cannot_be_followed_is_refused_with_the_way_out(model):
     with pytest.raises(UsageError, match=next(iter(model))) as caught:
         resolve_sampling(LineOptions(temperature=0), SILENT, model, False)

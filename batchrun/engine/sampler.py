@@ -7,18 +7,26 @@ bits depend on what else is in a step, and decide where the random number falls 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.nn.functional import pad
 
 from batchrun.request import Requests
+from batchrun.schedule.step import PastTokens
+from batchrun.tokens import concat_ranges
 
 _NEVER = float("-inf")
 _DRAWN_AT_ONCE = 1 << 24  # logits; drawing takes some 40 bytes for each
+_ANY, _NONE = 2**31 - 1, 2**31 - 2  # in words that are forbidden: any token at all, and no token
+
+Arrays = dict[str, npt.NDArray[Any]]
+Tensors = Mapping[str, torch.Tensor]
+Int32 = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,17 +35,67 @@ class Sampling:
 
     Attributes:
         arrays: what `Sampler.sample` wants on the device.
+        adjusts: whether the logits of a row are changed before its token is chosen.
         by_share: whether a row asks for min_p.
         by_rank: whether a row asks for top_k or top_p.
+        alternatives: likeliest tokens that are named for rows whose logprobs are wanted.
     """
 
-    arrays: dict[str, npt.NDArray[Any]]
+    arrays: Arrays
+    adjusts: bool
     by_share: bool
     by_rank: bool
+    alternatives: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What was sampled, on the device.
+
+    Attributes:
+        token_ids: int64 `[S]`; -1 for a row whose logits are no numbers.
+        logprobs: as in `StepLogprobs`: `[L]` of the sampled tokens, and `[L, K]` ids and logprobs of the likeliest;
+            None where nobody asked.
+    """
+
+    token_ids: torch.Tensor
+    logprobs: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
+
+
+def concat_sampled(parts: Sequence[Sampled]) -> Sampled:
+    """What the parts of a step sampled, as one."""
+    if len(parts) == 1:
+        return parts[0]
+    token_ids = torch.cat([part.token_ids for part in parts])
+    with_logprobs = [part.logprobs for part in parts if part.logprobs is not None]
+    if not with_logprobs:
+        return Sampled(token_ids, None)
+    # A part names as many alternatives as its own rows ask for.
+    width = max(ids.shape[1] for _, ids, _ in with_logprobs)
+    sampled = torch.cat([sampled for sampled, _, _ in with_logprobs])
+    ids = torch.cat([pad(ids, (0, width - ids.shape[1])) for _, ids, _ in with_logprobs])
+    top = torch.cat([pad(top, (0, width - top.shape[1])) for _, _, top in with_logprobs])
+    return Sampled(token_ids, (sampled, ids, top))
+
+
+class _Lists:
+    """A list of values for each of the settings, in one array."""
+
+    def __init__(self, lists: Sequence[npt.NDArray[Any]]) -> None:
+        self.length = np.array([values.shape[0] for values in lists], dtype=np.int64)
+        self._begin = np.cumsum(self.length) - self.length
+        self.values = np.concatenate(lists)
+
+    def of(self, settings: Int32, rows: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any]]:
+        """The values of the settings of some rows: the row of each, and the values, `[sum of their number]`."""
+        which = settings[rows]
+        length = self.length[which]
+        return np.repeat(rows, length), self.values[concat_ranges(self._begin[which], length)]
 
 
 class Sampler:
-    """Samples by each request's own settings, in vLLM's order: temperature, min_p, top_k, top_p.
+    """Samples by each request's own settings, in vLLM's order: forbidden words, logit_bias, penalties, min_tokens,
+    temperature, min_p, top_k, top_p.
 
     Args:
         requests: whose columns say how each is sampled.
@@ -48,69 +106,86 @@ class Sampler:
     def __init__(self, requests: Requests, eos_token_ids: frozenset[int], device: str = "cpu") -> None:
         self._requests = requests
         settings = requests.sampling
-        self._temperature = np.array([s.temperature for s in settings], dtype=np.float32)
-        self._min_p = np.array([s.min_p for s in settings], dtype=np.float32)
-        self._top_k = np.array([s.top_k for s in settings], dtype=np.int64)
-        self._top_p = np.array([s.top_p for s in settings], dtype=np.float32)
         self._min_tokens = np.array([s.min_tokens for s in settings], dtype=np.int32)
-        # The ids that end an answer, by settings: as an array for lookup, one for each distinct set.
-        self._ends = [
-            np.array(
-                sorted({*s.stop_token_ids, *(frozenset[int]() if s.ignore_eos else eos_token_ids)}), dtype=np.int64
-            )
-            for s in settings
-        ]
-        ends: dict[tuple[int, ...], int] = {}
-        self._end_set = np.array([ends.setdefault(tuple(e.tolist()), len(ends)) for e in self._ends], dtype=np.int64)
-        self._end_sets = [np.array(e, dtype=np.int64) for e in ends]
-        columns = {
-            "temperature": self._temperature,
-            "min_p": self._min_p,
-            "top_k": self._top_k,
-            "top_p": self._top_p.astype(np.float64),
+        self._ends = _Lists(
+            [
+                np.array(sorted({*s.stop_token_ids, *(() if s.ignore_eos else eos_token_ids)}), dtype=np.int64)
+                for s in settings
+            ]
+        )
+        self._bias = _Lists([np.array(s.logit_bias, dtype=_BIAS) for s in settings])
+        longest = max((len(word) for s in settings for word in s.bad_words), default=1)
+        self._words = _Lists(
+            [
+                np.array([_padded(word, longest) for word in s.bad_words], np.int64).reshape(-1, longest)
+                for s in settings
+            ]
+        )
+        self._logprobs = np.array([-1 if s.logprobs is None else s.logprobs for s in settings], dtype=np.int32)
+        self._repeats = np.array([s.repetition_penalty != 1 for s in settings], dtype=bool)
+        self._counts = np.array([bool(s.presence_penalty or s.frequency_penalty) for s in settings], dtype=bool)
+        by_setting: Arrays = {
+            "temperature": np.array([s.temperature for s in settings], dtype=np.float32),
+            "min_p": np.array([s.min_p for s in settings], dtype=np.float32),
+            "top_k": np.array([s.top_k for s in settings], dtype=np.int64),
+            "top_p": np.array([s.top_p for s in settings], dtype=np.float32).astype(np.float64),
+            "presence": np.array([s.presence_penalty for s in settings], dtype=np.float32),
+            "frequency": np.array([s.frequency_penalty for s in settings], dtype=np.float32),
+            "repetition": np.array([s.repetition_penalty for s in settings], dtype=np.float32),
         }
-        self._columns = {name: torch.from_numpy(column).to(device) for name, column in columns.items()}
+        self._by_setting = by_setting
+        self._columns = {name: torch.from_numpy(column).to(device) for name, column in by_setting.items()}
 
-    def prepare(self, requests: npt.NDArray[np.int32], num_sampled: npt.NDArray[np.int32], vocab_size: int) -> Sampling:
+    def prepare(self, requests: Int32, num_sampled: Int32, vocab_size: int, past: PastTokens | None = None) -> Sampling:
         """What sampling a step takes.
 
         Args:
             requests: int32 `[S]`, the request of each row.
             num_sampled: int32 `[S]`, tokens that the request has sampled before.
+            past: of these rows alone, `[S]`; needed where a request looks back.
         """
         settings = self._requests.sampling_id[requests]
-        arrays: dict[str, npt.NDArray[Any]] = {}
+        arrays: Arrays = {}
+        adjusts = self._forbid(settings, past, vocab_size, arrays)
+        adjusts |= self._add_bias(settings, vocab_size, arrays)
+        adjusts |= self._penalise(requests, settings, past, arrays)
         # No answer ends before it has its `min_tokens`.
-        early = num_sampled < self._min_tokens[settings]
-        if early.any():
-            held = []
-            for which in np.unique(settings[early]).tolist():
-                ends = self._ends[which]
-                ends = ends[(ends >= 0) & (ends < vocab_size)]
-                rows = np.flatnonzero(early & (settings == which))
-                held.append((np.repeat(rows, ends.size), np.tile(ends, rows.size)))
-            arrays["held_row"], arrays["held_token"] = map(np.concatenate, zip(*held, strict=True))
-        drawn = np.flatnonzero(self._temperature[settings] > 0)
+        early = np.flatnonzero(num_sampled < self._min_tokens[settings])
+        if early.size:
+            rows, ends = self._ends.of(settings, early)
+            there = ends < vocab_size
+            arrays["held_row"], arrays["held_token"] = rows[there], ends[there]
+        drawn = np.flatnonzero(self._by_setting["temperature"][settings] > 0)
         if drawn.size:
             arrays["drawn"] = drawn
-            arrays["settings"] = settings[drawn].astype(np.int64)
+            arrays["drawn_settings"] = settings[drawn].astype(np.int64)
             arrays["point"] = uniform(self._requests.seed[requests[drawn]], num_sampled[drawn])
+        wanted = np.flatnonzero(self._logprobs[settings] >= 0)
+        if wanted.size:
+            arrays["logprob_row"] = wanted
         asked = settings[drawn]
         return Sampling(
             arrays,
-            by_share=bool(self._min_p[asked].any()),
-            by_rank=bool(self._top_k[asked].any() or (self._top_p[asked] < 1).any()),
+            adjusts=adjusts,
+            by_share=bool(self._by_setting["min_p"][asked].any()),
+            by_rank=bool(self._by_setting["top_k"][asked].any() or (self._by_setting["top_p"][asked] < 1).any()),
+            alternatives=min(int(self._logprobs[settings].max(initial=0)), vocab_size),
         )
 
-    def sample(self, logits: torch.Tensor, sampling: Sampling, arrays: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Sample a token for each row, int64 `[S]`, on the device and without waiting for it; -1 for a row whose logits
-        are no numbers.
+    def sample(
+        self, logits: torch.Tensor, sampling: Sampling, arrays: Tensors, before: torch.Tensor | None = None
+    ) -> Sampled:
+        """Sample a token for each row, on the device and without waiting for it.
 
         Args:
             logits: `[S, vocabulary]`, any float dtype; may be written to.
             sampling: what `prepare` said of the rows.
             arrays: its arrays, on the device.
+            before: int64, what the step before sampled; needed where past tokens are marked.
         """
+        raw = logits[arrays["logprob_row"]].float().log_softmax(dim=-1) if "logprob_row" in arrays else None
+        if sampling.adjusts:
+            logits = self._adjust(logits.float(), arrays, before)
         if "held_row" in arrays:
             logits[arrays["held_row"], arrays["held_token"]] = _NEVER
         token_ids = logits.argmax(dim=-1)
@@ -118,19 +193,101 @@ class Sampler:
         sound = logits.gather(-1, token_ids[:, None])[:, 0].isfinite()
         if "drawn" in arrays:
             some = max(_DRAWN_AT_ONCE // logits.shape[-1], 1)
-            parts = (arrays[name].split(some) for name in ("drawn", "settings", "point"))
+            parts = (arrays[name].split(some) for name in ("drawn", "drawn_settings", "point"))
             for drawn, settings, point in zip(*parts, strict=True):
                 token_ids[drawn] = self._draw(logits[drawn].float(), sampling, settings, point)
-        return torch.where(sound, token_ids, -1)
+        if raw is None:
+            return Sampled(torch.where(sound, token_ids, -1), None)
+        top, top_ids = raw.topk(sampling.alternatives, dim=-1)
+        chosen = raw.gather(-1, token_ids[arrays["logprob_row"], None])[:, 0]
+        return Sampled(torch.where(sound, token_ids, -1), (chosen, top_ids, top))
 
-    def ended(self, requests: npt.NDArray[np.int32], token_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
+    def logprob_rows(self, requests: Int32) -> Int32:
+        """Places of the rows whose logprobs are wanted, int32 `[L]`."""
+        wanted = self._logprobs[self._requests.sampling_id[requests]] >= 0
+        return np.flatnonzero(wanted).astype(np.int32)
+
+    def ended(self, requests: Int32, token_ids: Int32) -> npt.NDArray[np.bool_]:
         """Whether tokens end the answers of requests, bool `[S]`."""
+        rows, ends = self._ends.of(self._requests.sampling_id[requests], np.arange(token_ids.size))
         ended = np.zeros(token_ids.size, dtype=bool)
-        end_set = self._end_set[self._requests.sampling_id[requests]]
-        for which in np.unique(end_set).tolist():
-            rows_of = end_set == which
-            ended[rows_of] = np.isin(token_ids[rows_of], self._end_sets[which])
+        ended[rows[ends == token_ids[rows]]] = True
         return ended
+
+    def _forbid(self, settings: Int32, past: PastTokens | None, vocab_size: int, arrays: Arrays) -> bool:
+        """What it takes to forbid the last token of a word where the answer ends with all that is before it."""
+        rows, words = self._words.of(settings, np.flatnonzero(self._words.length[settings]))
+        there = words[:, -1] < vocab_size
+        rows, words = rows[there], words[there]
+        if not rows.size:
+            return False
+        width = words.shape[1] - 1
+        arrays["word_row"], arrays["word_last"] = rows, np.ascontiguousarray(words[:, -1])
+        if width:
+            assert past is not None
+            ends = np.cumsum(past.length, dtype=np.int64)[rows, None]
+            place = ends - width + np.arange(width)
+            inside = place >= ends - past.length[rows, None]
+            tail = np.full(place.shape, _NONE, dtype=np.int64)
+            tail[inside] = past.token_ids[place[inside]]
+            arrays["word_head"], arrays["word_tail"] = np.ascontiguousarray(words[:, :-1]), tail
+        return True
+
+    def _add_bias(self, settings: Int32, vocab_size: int, arrays: Arrays) -> bool:
+        rows, bias = self._bias.of(settings, np.flatnonzero(self._bias.length[settings]))
+        there = bias["token"] < vocab_size
+        if there.any():
+            arrays["bias_row"] = rows[there]
+            arrays["bias_token"], arrays["bias"] = bias["token"][there], bias["bias"][there]
+        return bool(there.any())
+
+    def _penalise(self, requests: Int32, settings: Int32, past: PastTokens | None, arrays: Arrays) -> bool:
+        """The tokens that count against rows: those of prompts and answers, and those of answers alone."""
+        repeats, counts = self._repeats[settings], self._counts[settings]
+        if not (repeats.any() or counts.any()):
+            return False
+        assert past is not None
+        answer_row = np.repeat(np.arange(settings.size), past.length)
+        answer_token = past.token_ids.astype(np.int64)
+        if repeats.any():
+            tokens, rows = self._requests.tokens, np.flatnonzero(repeats)
+            begin, length = tokens.offsets[requests[rows]], tokens.lengths[requests[rows]]
+            of_answer = repeats[answer_row]
+            row = np.concatenate((np.repeat(rows, length), answer_row[of_answer]))
+            arrays["seen_row"], arrays["seen_settings"] = row, settings[row].astype(np.int64)
+            prompt = tokens.ids[concat_ranges(begin, length)]
+            arrays["seen_token"] = np.concatenate((prompt.astype(np.int64), answer_token[of_answer]))
+        if counts.any():
+            of_answer = counts[answer_row]
+            row = answer_row[of_answer]
+            arrays["said_row"], arrays["said_settings"] = row, settings[row].astype(np.int64)
+            arrays["said_token"] = answer_token[of_answer]
+        return True
+
+    def _adjust(self, logits: torch.Tensor, arrays: Tensors, before: torch.Tensor | None) -> torch.Tensor:
+        """Float32 logits without forbidden words, with bias and penalties; what they are made from is written to.
+
+        A token may stand several times among those that count against a row: what is done once for each of them is
+        written as often, each time the same.
+        """
+        if "word_row" in arrays:
+            row, last = arrays["word_row"], arrays["word_last"]
+            value = torch.full_like(row, _NEVER, dtype=logits.dtype)
+            if "word_head" in arrays:
+                head, tail = arrays["word_head"], _resolved(arrays["word_tail"], before)
+                value = torch.where(((head == tail) | (head == _ANY)).all(dim=-1), value, logits[row, last])
+            logits.view(-1).scatter_reduce_(0, row * logits.shape[-1] + last, value, "amin")
+        if "bias_row" in arrays:
+            logits.index_put_((arrays["bias_row"], arrays["bias_token"]), arrays["bias"], accumulate=True)
+        if "seen_row" in arrays:
+            place = arrays["seen_row"], _resolved(arrays["seen_token"], before)
+            penalty, value = self._columns["repetition"][arrays["seen_settings"]], logits[place]
+            logits[place] = torch.where(value > 0, value / penalty, value * penalty)
+        if "said_row" in arrays:
+            place, settings = (arrays["said_row"], _resolved(arrays["said_token"], before)), arrays["said_settings"]
+            logits.index_put_(place, -self._columns["frequency"][settings], accumulate=True)
+            logits[place] = logits[place] - self._columns["presence"][settings]
+        return logits
 
     def _draw(
         self, logits: torch.Tensor, sampling: Sampling, settings: torch.Tensor, point: torch.Tensor
@@ -156,6 +313,21 @@ class Sampler:
         # boundary by as little, where a sorted order would swap them.
         cumulative = torch.softmax(logits, dim=-1, dtype=torch.float64).cumsum(dim=-1)
         return torch.searchsorted(cumulative, point[:, None] * cumulative[:, -1:], right=True)[:, 0]
+
+
+_BIAS = np.dtype([("token", np.int64), ("bias", np.float32)])
+
+
+def _padded(word: tuple[int, ...], length: int) -> list[int]:
+    return [_ANY] * (length - len(word)) + list(word)
+
+
+def _resolved(token_ids: torch.Tensor, before: torch.Tensor | None) -> torch.Tensor:
+    """Token ids for those that are marked: -1 - k is what the step before sampled at place k."""
+    if before is None or not before.numel():
+        return token_ids
+    marked = before[(-1 - token_ids).clamp(0, before.numel() - 1)]
+    return torch.where(token_ids < 0, marked.clamp(min=0), token_ids)
 
 
 def _threshold(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:

@@ -15,9 +15,9 @@ from batchrun.engine.batch import Batch, StepTensors
 from batchrun.engine.device import Device, make_device
 from batchrun.engine.kv_cache import KVCache, PageTables
 from batchrun.engine.model import LoadedModel
-from batchrun.engine.sampler import Sampler
+from batchrun.engine.sampler import Sampled, Sampler, concat_sampled
 from batchrun.request import Requests, SamplingParams
-from batchrun.schedule.step import PrefixReads, Step, StepOutput
+from batchrun.schedule.step import PastTokens, PrefixReads, Step, StepLogprobs, StepOutput
 from batchrun.tokens import TokenTable
 
 # Steps of decodes alone are padded to one of these, so that a graph captured for so many rows can be replayed; in steps
@@ -31,6 +31,7 @@ class _UnderWay:
 
     step: Step
     token_ids: Callable[[], npt.NDArray[Any]]
+    logprobs: list[Callable[[], npt.NDArray[Any]]]
     seconds: Callable[[], float]
     padded_rows: int
     parts: int
@@ -38,9 +39,9 @@ class _UnderWay:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """What a forward pass sampled, int64 `[S]` on the device, and the rows that it computed."""
+    """What a forward pass sampled, and the rows that it computed."""
 
-    token_ids: torch.Tensor
+    sampled: Sampled
     rows: int
 
 
@@ -93,10 +94,12 @@ class TorchWorker:
         self._tables.apply(step)
         with torch.inference_mode():
             parts = self._run(step)
-            self._sampled = parts[0].token_ids if len(parts) == 1 else torch.cat([part.token_ids for part in parts])
+            sampled = concat_sampled([part.sampled for part in parts])
+            self._sampled = sampled.token_ids
             token_ids = self._device.download(self._sampled)
+            logprobs = [self._device.download(column) for column in sampled.logprobs or ()]
         rows = sum(part.rows for part in parts)
-        self._under_way.append(_UnderWay(step, token_ids, stop(), rows - step.num_rows, len(parts)))
+        self._under_way.append(_UnderWay(step, token_ids, logprobs, stop(), rows - step.num_rows, len(parts)))
 
     def _run(self, step: Step) -> list[_Part]:
         """Run a step, in parts where there is not enough memory to run it at once."""
@@ -114,17 +117,24 @@ class TorchWorker:
             raise RuntimeError("the worker is closed")
         batch = self._make_batch(step)
         requests = step.request[step.samples]
-        sampling = self._sampler.prepare(requests, step.num_sampled[step.samples], self._model.vocab_size)
+        past = PastTokens(step.past.length[step.samples], step.past.token_ids) if step.past is not None else None
+        sampling = self._sampler.prepare(requests, step.num_sampled[step.samples], self._model.vocab_size, past)
         tensors = self._device.upload({**batch.arrays, **sampling.arrays})
         batch.bind(tensors, self._sampled)
         logits = self._logits(batch, self._kv_cache)[: requests.size]
-        return _Part(self._sampler.sample(logits, sampling, tensors), batch.num_rows)
+        return _Part(self._sampler.sample(logits, sampling, tensors, self._sampled), batch.num_rows)
 
     def collect(self) -> StepOutput:
         done = self._under_way.popleft()
         token_ids = done.token_ids().astype(np.int32)
-        ended = self._sampler.ended(done.step.request[done.step.samples], token_ids)
-        return StepOutput(token_ids, ended, done.seconds(), done.padded_rows, done.parts)
+        requests = done.step.request[done.step.samples]
+        logprobs = None
+        if done.logprobs:
+            sampled, top_ids, top = (column() for column in done.logprobs)
+            rows = self._sampler.logprob_rows(requests)
+            logprobs = StepLogprobs(rows, sampled, top_ids.astype(np.int32), top)
+        ended = self._sampler.ended(requests, token_ids)
+        return StepOutput(token_ids, ended, done.seconds(), done.padded_rows, done.parts, logprobs)
 
     def close(self) -> None:
         self._kv_cache = None

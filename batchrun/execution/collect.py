@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import numpy as np
 
 from batchrun.formats.results import result_line, unrun_line
 from batchrun.formats.rundir import ResultSink
 from batchrun.prefix.groups import PrefixGroups
-from batchrun.request import Answers, FinishReason, Result, Usage
+from batchrun.request import Answers, FinishReason, Logprobs, Result, Usage
 from batchrun.schedule.scheduler import Finished
+from batchrun.tokenizer import Tokenizer
 
 
 class LineCollector:
     """Puts the answers of a line together, and writes the line when it has them all. An answer that several lines ask
     for goes to each of them."""
 
-    def __init__(self, answers: Answers, groups: PrefixGroups, model: str, sink: ResultSink) -> None:
+    def __init__(
+        self, answers: Answers, groups: PrefixGroups, model: str, sink: ResultSink, tokenizer: Tokenizer
+    ) -> None:
         self._answers = answers
+        self._tokenizer = tokenizer
         self._groups = groups
         self._model = model
         self._sink = sink
@@ -29,13 +34,15 @@ class LineCollector:
         self._partial: dict[int, list[Result]] = {}
         self._failed: set[int] = set()
 
-    def add(self, finished: Finished, prompt_tokens: int, text: str, reason: FinishReason) -> int:
+    def add(
+        self, finished: Finished, prompt_tokens: int, text: str, reason: FinishReason, logprobs: Logprobs | None = None
+    ) -> int:
         """Give an answer to all lines that ask for it; returns how often it was asked for."""
         rows = self._rows(finished.request)
         for row in rows:
             cached = finished.cached_tokens if row == rows[0] else prompt_tokens
             usage = Usage(prompt_tokens, cached, finished.token_ids.size)
-            self._add(Result(row, text, finished.token_ids, reason, usage))
+            self._add(Result(row, text, finished.token_ids, reason, usage, logprobs))
         return len(rows)
 
     def fail(self, request: int, code: str, message: str, *, attempts: int) -> int:
@@ -61,6 +68,12 @@ class LineCollector:
         if len(results) < self._missing[line]:
             return
         results = sorted(self._partial.pop(line), key=lambda result: result.index)
+        # As at OpenAI's, the tokens of a prompt count once for all answers to it.
+        again = np.arange(len(results)) % answers.n[results[0].index] > 0
+        results = [
+            replace(result, usage=replace(result.usage, prompt_tokens=0, cached_tokens=0)) if counted else result
+            for result, counted in zip(results, again.tolist(), strict=True)
+        ]
         first = results[0].index
         group = int(self._groups.request_group[answers.request[first]])
         made_for = [self._rows(int(answers.request[result.index]))[0] for result in results]
@@ -76,5 +89,6 @@ class LineCollector:
                 seed=int(answers.seed[first]),
                 group=group if group >= 0 else None,
                 dedup_of=answers.custom_ids[answers.line[made_for[0]]] if copied else None,
+                token=self._tokenizer.token,
             )
         )

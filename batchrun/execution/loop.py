@@ -36,6 +36,7 @@ def run_loop(
     worker: Worker,
     *,
     on_finished: Callable[[Finished], None] = lambda finished: None,
+    on_output: Callable[[Step, StepOutput], None] = lambda step, output: None,
     on_step: Callable[[Step, StepOutput], None] = lambda step, output: None,
     watch: Watch | None = None,
     should_stop: Callable[[], bool] = lambda: False,
@@ -46,6 +47,7 @@ def run_loop(
 
     Args:
         on_finished: called for each answer, as soon as it is there.
+        on_output: called for what each step brought, before its answers.
         on_step: called after each step and its answers.
         watch: says which answers a stop string ends.
         recovery: what to do when the worker is lost; None: nothing.
@@ -81,6 +83,7 @@ def run_loop(
             worker.restart()
             continue
         step, pages_used = in_flight.popleft()
+        on_output(step, output)
         finished = scheduler.update(step, output, watch)
         decodes = int(((step.num_sampled > 0) & step.samples & (step.length == 1)).sum())
         padded += output.padded_rows

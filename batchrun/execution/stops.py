@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from batchrun.request import Requests
+from batchrun.request import Requests, SamplingParams
 from batchrun.schedule.scheduler import Finished
 from batchrun.tokenizer import IncrementalDecoder, StopStrings, Tokenizer
 
@@ -13,10 +13,10 @@ from batchrun.tokenizer import IncrementalDecoder, StopStrings, Tokenizer
 class _Watched:
     """The text of one answer under way. Stop strings count from the token after `min_tokens` on."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...], min_tokens: int) -> None:
-        self._decoder = IncrementalDecoder(tokenizer)
-        self._matcher = StopStrings(stop)
-        self._before = min_tokens
+    def __init__(self, tokenizer: Tokenizer, sampling: SamplingParams) -> None:
+        self._decoder = IncrementalDecoder(tokenizer, skip_special_tokens=sampling.skip_special_tokens)
+        self._matcher = StopStrings(sampling.stop, keep=sampling.include_stop_str_in_output)
+        self._before = sampling.min_tokens
         self._head = ""  # text that came before stop strings count
 
     def push(self, token_id: int) -> bool:
@@ -60,15 +60,23 @@ class TextStops:
             watched = self._watched.get(request)
             if watched is None:
                 sampling = self._requests.sampling[self._requests.sampling_id[request]]
-                watched = _Watched(self._tokenizer, sampling.stop, sampling.min_tokens)
+                watched = _Watched(self._tokenizer, sampling)
                 self._watched[request] = watched
             stopped[row] = watched.push(int(token_ids[row]))
         return stopped
 
     def text(self, finished: Finished) -> tuple[str, bool]:
         """The text of a finished answer, and whether a stop string ended it."""
+        requests = self._requests
+        sampling = requests.sampling[requests.sampling_id[finished.request]]
+        skip = sampling.skip_special_tokens
         watched = self._watched.pop(finished.request, None)
         if watched is not None:
-            return watched.end()
-        ids = finished.token_ids[:-1] if finished.ended else finished.token_ids
-        return self._tokenizer.decode(ids.tolist()), False
+            text, by_text = watched.end()
+        else:
+            ids = finished.token_ids[:-1] if finished.ended else finished.token_ids
+            text, by_text = self._tokenizer.decode(ids.tolist(), skip_special_tokens=skip), False
+        if sampling.echo:
+            prompt = requests.tokens[finished.request]
+            text = self._tokenizer.decode(prompt.tolist(), skip_special_tokens=skip) + text
+        return text, by_text

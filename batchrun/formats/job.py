@@ -31,6 +31,10 @@ MAX_LINE_BYTES = 256 << 20
 MAX_CUSTOM_ID = 512  # characters
 MAX_TOKEN_ID = MAX_COUNT = 2**31 - 1  # columns of them are int32
 MAX_STOPS = 16
+MAX_LOGPROBS = 20  # alternatives, as at OpenAI's
+MAX_CHOICES = 128
+MAX_BIASES = 1024
+MAX_BAD_WORDS = 128
 
 _BLOCK = 1 << 20
 _ZSTD_BLOCK = 1 << 11  # zstd packs up to 32,000-fold: 2 KiB can open to 64 MiB
@@ -420,6 +424,7 @@ def _read_body(
         The messages or the prompts, the options and the model.
     """
     content_field, read_content = _CONTENT[endpoint]
+    checks = _CHECKS | _OF_ENDPOINT[endpoint]
     content: tuple[Any, ...] | None = None
     found: dict[str, Any] = {}
     for name, value in body.items():
@@ -427,11 +432,13 @@ def _read_body(
             continue
         if name == content_field:
             content = read_content(value, unknown)
-        elif (check := _CHECKS.get(name)) is not None:
+        elif (check := checks.get(name)) is not None:
             found[name] = check(name, value)
         elif (neutral := _NOT_BUILT.get(name)) is not None:
             if not _is_one_of(value, neutral):
                 message = f"{name} is not supported yet; leave it out (it is {_shown(value)})"
+                if name == "prompt_logprobs":
+                    message = f"{name} is not supported: {_NO_PROMPT_LOGPROBS}"
                 raise _Fault("unsupported_field", name, message)
         elif name == "batchrun":
             hints = _hints(name, value, unknown) | hints
@@ -442,10 +449,24 @@ def _read_body(
     model = found.pop("model", None)
     if (max_completion_tokens := found.pop("max_completion_tokens", None)) is not None:
         found["max_tokens"] = max_completion_tokens
+    if endpoint is Endpoint.CHAT:
+        _chat_logprobs(found)
+    elif found.get("echo") and found.get("logprobs") is not None:
+        message = "echo with logprobs asks for logprobs of the prompt; " + _NO_PROMPT_LOGPROBS
+        raise _Fault("unsupported_field", "echo", message)
     options = _options((*found.items(), *hints.items()))
     if options.min_tokens and options.max_tokens and options.min_tokens > options.max_tokens:
         raise _invalid("min_tokens", options.min_tokens, f"at most max_tokens ({options.max_tokens})")
     return content, options, model
+
+
+def _chat_logprobs(found: dict[str, Any]) -> None:
+    """A chat asks for logprobs by true or false, and for alternatives by their number; here both are one number."""
+    wanted, alternatives = found.pop("logprobs", False), found.pop("top_logprobs", 0)
+    if alternatives and not wanted:
+        raise _invalid("top_logprobs", alternatives, "given with logprobs: true")
+    if wanted:
+        found["logprobs"] = alternatives
 
 
 def _hints(path: str, hints: Any, unknown: list[str]) -> dict[str, Any]:
@@ -618,6 +639,35 @@ def _token_ids(name: str, value: Any) -> tuple[int, ...]:
     return tuple(value)
 
 
+def _logit_bias(name: str, value: Any) -> tuple[tuple[int, float], ...]:
+    """JSON has token ids as texts there."""
+    wanted = f"an object of at most {MAX_BIASES} token ids with numbers from -100 to 100"
+    if type(value) is not dict or len(value) > MAX_BIASES:
+        raise _invalid(name, value, wanted)
+    read = {}
+    for token, bias in value.items():
+        if not (token.isascii() and token.isdigit() and len(token) <= 10 and int(token) <= MAX_TOKEN_ID):
+            raise _invalid(name, token, f"{wanted}; the ids are")
+        read[int(token)] = _BIAS(f"{name}.{token}", bias)
+    return tuple(sorted(read.items()))
+
+
+def _completion_logprobs(name: str, value: Any) -> int | None:
+    return None if value is False else _integer(0, MAX_LOGPROBS)(name, value)
+
+
+def _texts(name: str, value: Any) -> tuple[str, ...]:
+    if type(value) is not list or len(value) > MAX_BAD_WORDS or not all(type(s) is str and s for s in value):
+        raise _invalid(name, value, f"a list of at most {MAX_BAD_WORDS} texts, none of them empty")
+    return tuple(value)
+
+
+def _truncate(name: str, value: Any) -> int:
+    if value == 0:
+        raise _invalid(name, value, "an integer of at least 1, or -1 for as many as fit")
+    return _integer(-1, MAX_COUNT)(name, value)
+
+
 _ENDPOINTS = {str(endpoint): endpoint for endpoint in Endpoint}
 _ENVELOPE = {"custom_id", "method", "url", "body", "batchrun"}
 _PLAIN_ROLES = ("system", "user", "assistant", "tool")
@@ -642,7 +692,24 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "stop": _stop,
     "stop_token_ids": _token_ids,
     "ignore_eos": _boolean,
+    "n": _integer(1, MAX_CHOICES),
+    "presence_penalty": _number(-2, 2),
+    "frequency_penalty": _number(-2, 2),
+    "repetition_penalty": _number(0, 100, low_too=False),
+    "logit_bias": _logit_bias,
+    "bad_words": _texts,
+    "include_stop_str_in_output": _boolean,
+    "skip_special_tokens": _boolean,
+    "truncate_prompt_tokens": _truncate,
 }
+_OF_ENDPOINT: dict[Endpoint, dict[str, Callable[[str, Any], Any]]] = {
+    Endpoint.CHAT: {"logprobs": _boolean, "top_logprobs": _integer(0, MAX_LOGPROBS)},
+    Endpoint.COMPLETIONS: {"logprobs": _completion_logprobs, "echo": _boolean},
+}
+
+_BIAS = _number(-100, 100)
+
+_NO_PROMPT_LOGPROBS = "tokens of shared prompts are computed once for many lines, and no logits are made for them"
 
 # Under `batchrun`, in the line or in its body.
 _HINTS: dict[str, Callable[[str, Any], Any]] = {"expected_tokens": _integer(1)}
@@ -660,20 +727,20 @@ _INFORMATIVE = {
 
 # Fields of OpenAI's and vLLM's that are not built, with the values at which they change nothing.
 _NOT_BUILT: dict[str, tuple[Any, ...]] = {
-    **_fields("n best_of repetition_penalty length_penalty", 1),
-    **_fields("presence_penalty frequency_penalty top_logprobs", 0),
-    **_fields("stream logprobs echo continue_final_message include_stop_str_in_output", False),
+    **_fields("best_of length_penalty", 1),
+    **_fields("top_logprobs", 0),
+    **_fields("stream echo continue_final_message", False),
     **_fields("use_beam_search return_token_ids return_tokens_as_token_ids", False),
-    **_fields("skip_special_tokens spaces_between_special_tokens add_generation_prompt", True),
+    **_fields("spaces_between_special_tokens add_generation_prompt", True),
     **_fields("include_reasoning parallel_tool_calls", True, False),
     **_fields("tool_choice function_call", "none", "auto"),
     **_fields("response_format", {"type": "text"}),
     **_fields("modalities", ["text"]),
     **_fields("verbosity", "medium"),
-    **_fields("tools functions logit_bias prompt_logprobs stream_options audio prediction suffix", [], {}, ""),
-    **_fields("reasoning_effort web_search_options truncate_prompt_tokens add_special_tokens", [], {}, ""),
+    **_fields("tools functions prompt_logprobs stream_options audio prediction suffix", [], {}, ""),
+    **_fields("reasoning_effort web_search_options add_special_tokens", [], {}, ""),
     **_fields("chat_template chat_template_kwargs documents mm_processor_kwargs media_io_kwargs", [], {}, ""),
-    **_fields("bad_words allowed_token_ids logits_processors prompt_embeds kv_transfer_params", [], {}, ""),
+    **_fields("allowed_token_ids logits_processors prompt_embeds kv_transfer_params", [], {}, ""),
     **_fields("structured_outputs structural_tag guided_json guided_regex guided_choice", [], {}, ""),
     **_fields("guided_grammar guided_decoding_backend guided_whitespace_pattern vllm_xargs", [], {}, ""),
 }

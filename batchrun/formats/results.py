@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import orjson
 
-from batchrun.request import Endpoint, LineFault, Result
+from batchrun.request import Endpoint, LineFault, Result, TokenText
 
 
 def encode_json(value: Any, *, indent: bool = False) -> bytes:
@@ -39,6 +40,7 @@ def result_line(
     seed: int,
     group: int | None,
     dedup_of: str | None = None,
+    token: Callable[[int], TokenText] | None = None,
 ) -> bytes:
     """The line of `results.jsonl` for one finished line of the job.
 
@@ -52,6 +54,7 @@ def result_line(
         seed: the seed of its first choice.
         group: id of the prefix-sharing group of its first choice, or None.
         dedup_of: custom_id of the line whose answer it got, where none of its answers was computed for it; else None.
+        token: what a token id stands for; needed where an answer has logprobs.
     """
     digest = _digest(line, custom_id)
     prompt_tokens = sum(choice.usage.prompt_tokens for choice in choices)
@@ -66,7 +69,7 @@ def result_line(
             {
                 "index": index,
                 **({"message": {"role": "assistant", "content": choice.text}} if chat else {"text": choice.text}),
-                "logprobs": None,
+                "logprobs": _logprobs(choice, chat, token),
                 "finish_reason": choice.finish_reason,
             }
             for index, choice in enumerate(choices)
@@ -80,6 +83,42 @@ def result_line(
     }
     response = {"status_code": 200, "request_id": f"req_{digest}", "body": body}
     return _batch_line(custom_id, line, response, None, group=group, attempts=1, seed=seed, dedup_of=dedup_of)
+
+
+def _logprobs(choice: Result, chat: bool, token: Callable[[int], TokenText] | None) -> dict[str, Any] | None:
+    """The logprobs of an answer in the shape of its API."""
+    found = choice.logprobs
+    if found is None or token is None:
+        return None
+    tokens = [token(token_id) for token_id in choice.token_ids[: found.sampled.size].tolist()]
+    sampled = found.sampled.tolist()
+    likeliest = [
+        [(token(token_id), value) for token_id, value in zip(ids, values, strict=True)]
+        for ids, values in zip(found.top_ids.tolist(), found.top.tolist(), strict=True)
+    ]
+    if chat:
+        return {
+            "content": [
+                {**_token(one, value), "top_logprobs": [_token(*other) for other in others]}
+                for one, value, others in zip(tokens, sampled, likeliest, strict=True)
+            ],
+            "refusal": None,
+        }
+    ends = list(accumulate(len(one.text) for one in tokens))
+    return {
+        "tokens": [one.text for one in tokens],
+        "token_logprobs": sampled,
+        # As at OpenAI's, the sampled token is among them, one more where it is not among the likeliest.
+        "top_logprobs": [
+            {other.text: value for other, value in others} | {one.text: own}
+            for one, own, others in zip(tokens, sampled, likeliest, strict=True)
+        ],
+        "text_offset": [0, *ends[:-1]] if ends else [],
+    }
+
+
+def _token(token: TokenText, logprob: float) -> dict[str, Any]:
+    return {"token": token.text, "logprob": logprob, "bytes": list(token.bytes)}
 
 
 def error_line(fault: LineFault) -> bytes:

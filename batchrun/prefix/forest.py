@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from batchrun.tokens import TokenTable
+from batchrun.tokens import TokenTable, concat_ranges
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
@@ -98,7 +98,7 @@ def build_forest(tokens: TokenTable) -> PrefixForest:
     node = np.full(low.size, -1, dtype=np.int32)
 
     while low.size:
-        places = _concat_ranges(low, size)
+        places = concat_ranges(low, size)
         of_range = np.repeat(np.arange(low.size), size)
         members = order[places]
         member_depth = depth[of_range]
@@ -178,12 +178,6 @@ def build_forest(tokens: TokenTable) -> PrefixForest:
     )
 
 
-def _concat_ranges(low: Int64, size: Int64) -> Int64:
-    """`[low[0], low[0] + 1, ..., low[1], ...]`: the given ranges one after another."""
-    ends = np.cumsum(size)
-    return np.arange(int(ends[-1])) + np.repeat(low - (ends - size), size)
-
-
 def _common_run(
     ids: Int32, offsets: Int64, lengths: Int64, members: Int32, part: Int64, part_size: Int64, depth: Int64
 ) -> Int64:
@@ -195,7 +189,7 @@ def _common_run(
     run = np.zeros(part.size, dtype=np.int64)
     if not part.size:
         return run
-    in_parts = members[_concat_ranges(part, part_size)]
+    in_parts = members[concat_ranges(part, part_size)]
     limit = np.minimum.reduceat(lengths[in_parts], np.cumsum(part_size) - part_size) - depth
     active = np.arange(part.size)
     while active.size:
@@ -203,7 +197,7 @@ def _common_run(
         width = min(_WINDOW, int(left.max()))
         sizes = part_size[active]
         first = np.cumsum(sizes) - sizes
-        begin = offsets[members[_concat_ranges(part[active], sizes)]] + np.repeat((depth + run)[active], sizes)
+        begin = offsets[members[concat_ranges(part[active], sizes)]] + np.repeat((depth + run)[active], sizes)
         agreed = np.full(begin.size, width)
         block = _BLOCK // width
         for low in range(0, begin.size - 1, block):

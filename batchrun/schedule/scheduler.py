@@ -22,7 +22,7 @@ from batchrun.request import FinishReason, Requests
 from batchrun.schedule.ledger import PageLedger
 from batchrun.schedule.pages import PagePool
 from batchrun.schedule.sequence import Sequences
-from batchrun.schedule.step import PrefixReads, Step, StepOutput
+from batchrun.schedule.step import PastTokens, PrefixReads, Step, StepOutput
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
@@ -138,6 +138,8 @@ class Scheduler:
         self._steps = 0
         self._updates = 0
         self.depth = depth
+        looks_back = np.array([sampling.looks_back for sampling in requests.sampling], dtype=bool)
+        self._looks_back = looks_back if looks_back.any() else None  # by settings
         self._lag = depth - 1  # steps that a request keeps its pages after the one that samples its last token
 
         groups = plan.groups
@@ -682,6 +684,7 @@ class Scheduler:
         start = seqs.num_computed[slots].astype(np.int32)
         request = seqs.request[slots].astype(np.int32)
         stop = start + length
+        samples = (request >= 0) & (stop == seqs.num_tokens[slots])
         step = Step(
             index=self._steps,
             sequence=slots,
@@ -689,13 +692,14 @@ class Scheduler:
             start=start,
             length=length,
             depth=seqs.depth[slots].astype(np.int32),
-            samples=(request >= 0) & (stop == seqs.num_tokens[slots]),
+            samples=samples,
             num_sampled=seqs.num_sampled[slots].astype(np.int32),
             token_ids=self._token_ids(slots, start, length),
             prefix_reads=self._prefix_reads(slots, length),
             releases=np.array(self._releases, dtype=np.int32),
             grant_sequence=np.concatenate([_NO_INTS, *(owners for owners, _ in self._grants)]),
             grant_page=np.concatenate([_NO_INTS, *(pages for _, pages in self._grants)]),
+            past=self._past(slots, request, samples),
         )
         complete = (seqs.held[slots] > 0) & step.samples
         if complete.any():
@@ -716,6 +720,16 @@ class Scheduler:
         past = own - seqs.num_prompt[row_slot]  # >= 0: a sampled token
         ids = self._requests.tokens.ids[np.where(past < 0, seqs.token_start[row_slot] + own, 0)]
         return np.where(past >= 0, seqs.sampled[row_slot, np.maximum(past, 0)], ids).astype(np.int32)
+
+    def _past(self, slots: Int32, request: Int32, samples: Bool) -> PastTokens | None:
+        """What those of the requests that look back have sampled."""
+        if self._looks_back is None:
+            return None
+        seqs = self.sequences
+        looks = samples & self._looks_back[self._requests.sampling_id[request]]
+        length = np.where(looks, seqs.num_sampled[slots], 0).astype(np.int32)
+        sampled = seqs.sampled[slots]
+        return PastTokens(length, sampled[np.arange(sampled.shape[1]) < length[:, None]])
 
     def _prefix_reads(self, slots: Int32, length: Int32) -> PrefixReads:
         """Which rows read which prefix: per level, runs of neighbouring chunks that read the same KV."""

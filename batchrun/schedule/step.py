@@ -1,6 +1,7 @@
 """A step: everything a worker needs for one forward pass, and what it gives back.
 
-Shape letters: C chunks, T rows (tokens) of the step, S rows that sample, P prefix reads, G pages granted.
+Shape letters: C chunks, T rows (tokens) of the step, S rows that sample, P prefix reads, G pages granted, L rows whose
+logprobs are wanted, K likeliest tokens that are named.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy.typing as npt
 from batchrun.planning.cost import Work
 
 Int32 = npt.NDArray[np.int32]
+Float32 = npt.NDArray[np.float32]
 
 _BY_CHUNK = ("sequence", "request", "depth", "num_sampled")  # the same for all parts of a chunk
 
@@ -46,6 +48,20 @@ class PrefixReads:
 
 
 @dataclass(frozen=True, slots=True)
+class PastTokens:
+    """What requests have sampled before, for those whose next token depends on it (`SamplingParams.looks_back`).
+
+    Attributes:
+        length: int32 `[C]`, tokens of each chunk's request; 0 where the chunk does not sample or does not look back.
+        token_ids: int32 `[sum of length]`, one request after another, in order; marked as in `Step.token_ids` where the
+            step before was still under way.
+    """
+
+    length: Int32
+    token_ids: Int32
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
     """One forward pass. It is complete: any worker can run it, and a log can replay it.
 
@@ -71,6 +87,7 @@ class Step:
         releases: int32 `[*]`, slots whose pages all return to the pool, before anything else of this step.
         grant_sequence, grant_page: int32 `[G]`, pages given to sequences, after the releases, each at the end of
             its sequence's page list. KV of own token t of a sequence is in its page t // page_size.
+        past: what requests have sampled before, where one looks back; else None.
     """
 
     index: int
@@ -86,6 +103,7 @@ class Step:
     releases: Int32
     grant_sequence: Int32
     grant_page: Int32
+    past: PastTokens | None = None
 
     @property
     def num_rows(self) -> int:
@@ -99,6 +117,12 @@ class Step:
         head, tail = before > 0, before < self.length
         reads = self.prefix_reads
         read_before = np.clip(rows - reads.first_row, 0, reads.rows).astype(np.int32)
+        past_one = past_two = None
+        if self.past is not None:
+            of_first = np.where(tail, 0, self.past.length)  # a chunk that is cut samples in the second
+            at = int(of_first.sum())
+            past_one = PastTokens(of_first[head], self.past.token_ids[:at])
+            past_two = PastTokens(self.past.length[tail], self.past.token_ids[at:])
         one = replace(
             self,
             **{name: getattr(self, name)[head] for name in _BY_CHUNK},
@@ -107,6 +131,7 @@ class Step:
             samples=(self.samples & ~tail)[head],
             token_ids=self.token_ids[:rows],
             prefix_reads=reads.cut(reads.first_row, read_before),
+            past=past_one,
         )
         two = replace(
             self,
@@ -119,6 +144,7 @@ class Step:
             releases=self.releases[:0],
             grant_sequence=self.grant_sequence[:0],
             grant_page=self.grant_page[:0],
+            past=past_two,
         )
         return one, two
 
@@ -144,6 +170,23 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
+class StepLogprobs:
+    """Log-probabilities by the model's own distribution, before penalties, temperature and what cuts it.
+
+    Attributes:
+        rows: int32 `[L]`, places among the sampling chunks.
+        sampled: float32 `[L]`, of the sampled token.
+        top_ids: int32 `[L, K]`, the likeliest tokens, likeliest first; of a row only the first that it asked for count.
+        top: float32 `[L, K]`, theirs.
+    """
+
+    rows: Int32
+    sampled: Float32
+    top_ids: Int32
+    top: Float32
+
+
+@dataclass(frozen=True, slots=True)
 class StepOutput:
     """What a worker gives back for a step, in the order of its sampling chunks.
 
@@ -154,6 +197,7 @@ class StepOutput:
         seconds: time the step took on the device.
         padded_rows: rows computed beyond those of the step.
         parts: forward passes that it took: more than one where memory ran out.
+        logprobs: where requests asked for them, else None.
     """
 
     token_ids: Int32
@@ -161,3 +205,4 @@ class StepOutput:
     seconds: float
     padded_rows: int = 0
     parts: int = 1
+    logprobs: StepLogprobs | None = None

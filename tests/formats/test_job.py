@@ -180,10 +180,10 @@ def test_messages_of_every_role_and_content_parts(tmp_path):
 @pytest.mark.parametrize(
     "neutral",
     [
-        {"n": 1, "best_of": 1, "stream": False, "logprobs": False, "top_logprobs": 0, "echo": False},
-        {"presence_penalty": 0, "frequency_penalty": 0.0, "repetition_penalty": 1.0, "logit_bias": {}},
+        {"best_of": 1, "stream": False, "logprobs": False, "top_logprobs": 0, "echo": False},
+        {"length_penalty": 1.0, "use_beam_search": False},
         {"response_format": {"type": "text"}, "tools": [], "tool_choice": "none", "parallel_tool_calls": True},
-        {"skip_special_tokens": True, "add_generation_prompt": True, "modalities": ["text"], "suffix": ""},
+        {"add_generation_prompt": True, "modalities": ["text"], "suffix": ""},
         {"user": "u1", "metadata": {"k": "v"}, "store": True, "service_tier": "flex"},
     ],
 )
@@ -352,17 +352,9 @@ def test_bad_line(tmp_path, line, code, param):
 
 
 NOT_BUILT = {
-    "n": 2,
     "best_of": 2,
     "stream": True,
-    "logprobs": True,
-    "top_logprobs": 5,
     "prompt_logprobs": 0,
-    "echo": True,
-    "presence_penalty": 0.5,
-    "frequency_penalty": -1,
-    "repetition_penalty": 1.1,
-    "logit_bias": {"50256": -100},
     "response_format": {"type": "json_object"},
     "tools": [{"type": "function"}],
     "tool_choice": "required",
@@ -373,10 +365,6 @@ NOT_BUILT = {
     "guided_regex": "a+",
     "guided_choice": ["a"],
     "guided_grammar": "root ::= 'a'",
-    "bad_words": ["a"],
-    "truncate_prompt_tokens": 5,
-    "include_stop_str_in_output": True,
-    "skip_special_tokens": False,
     "chat_template_kwargs": {"enable_thinking": False},
     "reasoning_effort": "low",
     "modalities": ["text", "audio"],
@@ -397,8 +385,83 @@ def test_field_that_is_not_built_is_refused_by_name(tmp_path, name, value):
 
 
 def test_true_is_not_one(tmp_path):
-    assert fault(tmp_path, chat(n=True)).code == "unsupported_field"
-    assert fault(tmp_path, chat(presence_penalty=False)).code == "unsupported_field"
+    assert fault(tmp_path, chat(best_of=True)).code == "unsupported_field"
+    assert fault(tmp_path, chat(n=True)).code == "invalid_request"
+    assert fault(tmp_path, chat(presence_penalty=False)).code == "invalid_request"
+
+
+def test_how_answers_are_chosen_and_shown(tmp_path):
+    fields = {
+        "n": 3,
+        "presence_penalty": 0.5,
+        "frequency_penalty": -1,
+        "repetition_penalty": 1.1,
+        "logit_bias": {"50256": -100, "7": 1.5},
+        "bad_words": ["a", "b c"],
+        "include_stop_str_in_output": True,
+        "skip_special_tokens": False,
+        "truncate_prompt_tokens": -1,
+    }
+    read = LineOptions(
+        n=3,
+        presence_penalty=0.5,
+        frequency_penalty=-1.0,
+        repetition_penalty=1.1,
+        logit_bias=((7, 1.5), (50256, -100.0)),
+        bad_words=("a", "b c"),
+        include_stop_str_in_output=True,
+        skip_special_tokens=False,
+        truncate_prompt_tokens=-1,
+    )
+    assert sound(tmp_path, chat(**fields)).options == read
+    assert sound(tmp_path, {"prompt": "a", **fields}).options == read
+
+
+def test_logprobs_are_asked_for_in_each_apis_way(tmp_path):
+    assert sound(tmp_path, chat(logprobs=True)).options.logprobs == 0
+    assert sound(tmp_path, chat(logprobs=True, top_logprobs=5)).options.logprobs == 5
+    assert sound(tmp_path, chat(logprobs=False, top_logprobs=0)).options.logprobs is None
+    assert sound(tmp_path, {"prompt": "a", "logprobs": 0}).options.logprobs == 0
+    assert sound(tmp_path, {"prompt": "a", "logprobs": 5, "echo": False}).options.logprobs == 5
+    assert sound(tmp_path, {"prompt": "a", "logprobs": False}).options.logprobs is None
+    assert sound(tmp_path, {"prompt": "a", "echo": True}).options.echo
+    for line, param in (
+        (chat(top_logprobs=5), "body.top_logprobs"),
+        (chat(logprobs=5), "body.logprobs"),
+        (chat(logprobs=True, top_logprobs=21), "body.top_logprobs"),
+        ({"prompt": "a", "logprobs": True}, "logprobs"),
+    ):
+        found = fault(tmp_path, line)
+        assert (found.code, found.param) == ("invalid_request", param)
+    found = fault(tmp_path, {"prompt": "a", "logprobs": 1, "echo": True})
+    assert (found.code, found.param) == ("unsupported_field", "echo")
+    assert "shared prompts" in found.message
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("n", 0),
+        ("n", 129),
+        ("repetition_penalty", 0),
+        ("presence_penalty", 2.5),
+        ("frequency_penalty", "1"),
+        ("logit_bias", [1]),
+        ("logit_bias", {"a": 1}),
+        ("logit_bias", {"-1": 1}),
+        ("logit_bias", {"٣": 1}),
+        ("logit_bias", {"99999999999": 1}),
+        ("logit_bias", {"5": 101}),
+        ("bad_words", "a"),
+        ("bad_words", [""]),
+        ("truncate_prompt_tokens", 0),
+        ("truncate_prompt_tokens", -2),
+        ("skip_special_tokens", 1),
+    ],
+)
+def test_a_wrong_value_of_these_is_that_lines_error(tmp_path, name, value):
+    found = fault(tmp_path, chat(**{name: value}))
+    assert (found.code, found.param.split(".")[:2]) == ("invalid_request", ["body", name])
 
 
 def test_first_fault_in_the_lines_own_order_is_reported(tmp_path):
