@@ -113,7 +113,7 @@ class Sampler:
                 for s in settings
             ]
         )
-        self._bias = _Lists([np.array(s.logit_bias, dtype=_BIAS) for s in settings])
+        self._bias = _Lists([np.array(list(s.logit_bias), dtype=_BIAS) for s in settings])
         longest = max((len(word) for s in settings for word in s.bad_words), default=1)
         self._words = _Lists(
             [
@@ -153,7 +153,7 @@ class Sampler:
         early = np.flatnonzero(num_sampled < self._min_tokens[settings])
         if early.size:
             rows, ends = self._ends.of(settings, early)
-            there = ends < vocab_size
+            there = (ends >= 0) & (ends < vocab_size)
             arrays["held_row"], arrays["held_token"] = rows[there], ends[there]
         drawn = np.flatnonzero(self._by_setting["temperature"][settings] > 0)
         if drawn.size:
