@@ -71,7 +71,7 @@ def completion(prompt: list[int], **fields: Any) -> dict[str, Any]:
 
 
 class Runner:
-    """Runs jobs with one model directory and reads what came of them."""
+    """Runs jobs with one model directory and reads what came of them. Duplicates are computed like any others."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -85,6 +85,7 @@ class Runner:
         job = self.folder / f"{self.runs}.jsonl"
         lines = [{"custom_id": str(i), "method": "POST", "url": url, "body": body} for i, body in enumerate(bodies)]
         job.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        options["scheduler"] = {"deduplicate": False} | options.get("scheduler", {})
         report = batchrun.run(job, model=str(model), dtype="float32", **options)
         answers: list[Answer | None] = [None] * len(lines)
         for line in (self.folder / f"{self.runs}.run" / "results.jsonl").read_text().splitlines():
