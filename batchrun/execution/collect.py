@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import numpy as np
+import numpy.typing as npt
 
 from batchrun.formats.results import result_line, unrun_line
 from batchrun.formats.rundir import ResultSink
@@ -16,7 +17,16 @@ from batchrun.schedule.scheduler import Finished
 class LineCollector:
     """Puts the answers of a line together, and writes the line when it has them all."""
 
-    def __init__(self, requests: Requests, groups: PrefixGroups, model: str, sink: ResultSink) -> None:
+    def __init__(
+        self,
+        requests: Requests,
+        groups: PrefixGroups,
+        model: str,
+        sink: ResultSink,
+        attempts: npt.NDArray[np.int64],
+    ) -> None:
+        """`attempts`: int64 `[N]`, how often each line was tried before."""
+        self._attempts = attempts
         self._requests = requests
         self._groups = groups
         self._model = model
@@ -48,6 +58,7 @@ class LineCollector:
                 created=int(time.time()),
                 seed=int(requests.seed[first]),
                 group=group if group >= 0 else None,
+                attempts=int(self._attempts[line]) + 1,
             )
         )
 
@@ -59,5 +70,6 @@ class LineCollector:
         self._failed.add(line)
         self._partial.pop(line, None)
         number = int(requests.line_numbers[line])
+        attempts += int(self._attempts[line])
         self._sink.write_error(unrun_line(requests.custom_ids[line], number, code, message, attempts=attempts))
         return True
