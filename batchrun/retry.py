@@ -177,8 +177,8 @@ def _choose(path: Path, asked: Retry, bad: Int64, max_tokens: int | None, max_co
         cut_short, no_longer, full = _cut_short(path, max_tokens, max_context)
         if no_longer and not failed.size and not cut_short.size:
             raise UsageError(
-                f"--max-tokens {max_tokens} is above the limit of none of the {no_longer:,} answers that ended by "
-                "length.",
+                f"--max-tokens {max_tokens} raises no limit; lines with answers that ended by length and have as many "
+                f"tokens: {no_longer:,}.",
                 hint="Give a larger one.",
             )
         for count, why in ((no_longer, "have as many tokens already"), (full, "fill the model's context")):
