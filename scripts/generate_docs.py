@@ -234,8 +234,9 @@ renamed, so a reader sees the old one or the new one.
 
 **The same command again** goes on where the last one stopped, or says that the run is finished. What is finished is
 read from the result and error lines themselves; a torn last line is cut off. Lines that failed are not run again; that
-is what a retry is for. If the job, the model, its template, the dtype or a default of sampling has changed, the directory is refused (exit code
-76) with the difference named; `--fresh` moves the old run to `<directory>.1` (`.2`, ...) and starts anew.
+is what a retry is for. If the job, the model, its template, the dtype or a default of sampling has changed, the
+directory is refused (exit code 76) with the difference named; `--fresh` moves the old run to `<directory>.1` (`.2`,
+...) and starts anew.
 
 **A retry** (`batchrun retry jobs.run`) runs lines again and puts what they get in the place of what they had. It takes
 
@@ -246,18 +247,18 @@ is what a retry is for. If the job, the model, its template, the dtype or a defa
   larger one; lines that it would not make longer, and those that fill the model's context, stay as they are.
 
 Both choices together take the lines of both. Settings are those of the run, from `run.json`, but for the ones that are
-given to the retry; what ends a run early (`--until`, `--timeout`, `--max-errors`) holds for one start only. `--max-tokens`
-is the limit of the lines that are taken, whatever limit they have themselves. Seeds are the same. Lines of the run that
-remain are run too, with their own limits.
+given to the retry; what ends a run early (`--until`, `--timeout`, `--max-errors`) holds for one start only.
+`--max-tokens` is the limit of the lines that are taken, whatever limit they have themselves. Seeds are the same. Lines
+of the run that remain are run too, with their own limits.
 
-The lines are written to `replaced.jsonl` and noted in `run.json` before they are taken out of the two files; from then on
-they remain, and the run is unfinished. Where a retry was stopped or killed, the same command goes on with it: what it has
-run already is not chosen again. `batchrun run` goes on too, with the settings of the run.
+The lines are written to `replaced.jsonl` and noted in `run.json` before they are taken out of the two files; from then
+on they remain, and the run is unfinished. Where a retry was stopped or killed, the same command goes on with it: what
+it has run already is not chosen again. `batchrun run` goes on too, with the settings of the run.
 
 **Closing a run** (`batchrun close jobs.run`) ends an unfinished one for good: each line that remains becomes an error
-line, `batch_cancelled` or with `--expired` `batch_expired` (a bad line its own error), and the status is `cancelled`. The
-run is finished then; a retry can run its lines again. A line that an unfinished retry had taken out is closed as well, and
-what it was stays in `replaced.jsonl`.
+line, `batch_cancelled` or with `--expired` `batch_expired` (a bad line its own error), and the status is `cancelled`.
+The run is finished then; a retry can run its lines again. A line that an unfinished retry had taken out is closed as
+well, and what it was stays in `replaced.jsonl`.
 """
 
 RESULTS = """## results.jsonl
