@@ -405,7 +405,7 @@ def _json_type(annotation: str) -> str:
     if name.startswith("tuple["):
         shown = f"list of {name[6:-6]}"
     elif name.startswith("list["):
-        shown = f"list of {name[5:-1]}"
+        shown = f"list of {name[5:-1].replace('str', 'strings')}"
     elif name.startswith("dict["):
         shown = "object"
     else:

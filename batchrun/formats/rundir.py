@@ -252,7 +252,7 @@ class Retry:
     Attributes:
         at: when, in seconds of Unix time.
         lines: how many.
-        codes: the error codes that were named; none: all.
+        codes: the error codes that were named; none: all, unless there is a finish reason.
         finish_reason: that of the finished lines that were named, or None.
         changed: settings that differ from those of the run, by name.
         size: bytes of `replaced.jsonl` with these lines as its last.
