@@ -10,13 +10,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 
 import batchrun
 from batchrun.errors import BatchrunError, ExitCode
+
+if TYPE_CHECKING:
+    from batchrun.pipeline import Outcome
 
 app = typer.Typer(
     name="batchrun",
@@ -71,6 +74,23 @@ ChatTemplate = Annotated[
 IgnoreGenerationConfig = Annotated[
     bool, typer.Option("--ignore-generation-config", help="No sampling defaults from the model.")
 ]
+Until = Annotated[
+    str | None, typer.Option("--until", metavar="TIME", help="Stop at this time, such as 06:00; resumable.")
+]
+Timeout = Annotated[
+    str | None, typer.Option("--timeout", metavar="DURATION", help="Stop after this time, such as 8h; resumable.")
+]
+MaxErrors = Annotated[
+    str | None, typer.Option("--max-errors", metavar="N|x%", help="Stop when more lines have failed; resumable.")
+]
+RequestTimeout = Annotated[
+    str | None, typer.Option("--request-timeout", metavar="DURATION", help="A request that takes longer fails.")
+]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory: that of -o, or jobs.run beside jobs.jsonl.")]
+MovedJob = Annotated[
+    Path | None, typer.Option("--job", metavar="FILE", help="Where the job lies now, if it was moved.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, no tables.")]
 
 
@@ -118,20 +138,11 @@ def run(
     revision: Revision = None,
     chat_template: ChatTemplate = None,
     ignore_generation_config: IgnoreGenerationConfig = False,
-    until: Annotated[
-        str | None, typer.Option("--until", metavar="TIME", help="Stop at this time, such as 06:00; resumable.")
-    ] = None,
-    timeout: Annotated[
-        str | None, typer.Option("--timeout", metavar="DURATION", help="Stop after this time, such as 8h; resumable.")
-    ] = None,
-    max_errors: Annotated[
-        str | None, typer.Option("--max-errors", metavar="N|x%", help="Stop when more lines have failed; resumable.")
-    ] = None,
-    request_timeout: Annotated[
-        str | None,
-        typer.Option("--request-timeout", metavar="DURATION", help="A request that takes longer fails."),
-    ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    until: Until = None,
+    timeout: Timeout = None,
+    max_errors: MaxErrors = None,
+    request_timeout: RequestTimeout = None,
+    quiet: Quiet = False,
     json: Json = False,
 ) -> None:
     """Run every request of a job and write results, errors and a report.
@@ -140,10 +151,7 @@ def run(
     """
     with _failures(json):
         from batchrun.config import load_config
-        from batchrun.formats.results import encode_json
-        from batchrun.formats.rundir import document
         from batchrun.pipeline import run_job
-        from batchrun.report.tables import print_summary
 
         settings = load_config(
             config,
@@ -161,15 +169,9 @@ def run(
         )  # fmt: skip
         with _Terminal(quiet=quiet) as terminal:
             outcome = run_job(job, settings, terminal)
-        if json:
-            _write(encode_json(document(outcome.report), indent=True))
-        elif not quiet:
-            if outcome.already_done:
-                _console().print(f"This run is finished already; {outcome.run_dir} has its results.", soft_wrap=True)
-            print_summary(_console(), outcome.report, outcome.run_dir)
-        if outcome.exit_code is ExitCode.STOPPED and not quiet:
-            _console(stderr=True).print("Stopped early. The same command again goes on.", soft_wrap=True)
-        sys.exit(outcome.exit_code)
+        if outcome.already_done and not quiet and not json:
+            _console().print(f"This run is finished already; {outcome.run_dir} has its results.", soft_wrap=True)
+        _end(outcome, quiet, json)
 
 
 @app.command()
@@ -279,7 +281,7 @@ def check(
 
 @app.command()
 def status(
-    run_dir: Annotated[Path, typer.Argument(help="Run directory: that of -o, or jobs.run beside jobs.jsonl.")],
+    run_dir: Run,
     json: Json = False,
 ) -> None:
     """Tell how far a run is, while it runs or after; it may be asked from any terminal, and changes nothing.
@@ -299,6 +301,106 @@ def status(
         else:
             print_status(_console(), progress)
         sys.exit(progress.command_exit_code)
+
+
+@app.command()
+def retry(
+    run_dir: Run,
+    code: Annotated[
+        list[str] | None,
+        typer.Option("--code", metavar="CODE", help="Failed lines with this error code; may be given again."),
+    ] = None,
+    finish_reason: Annotated[
+        str | None,
+        typer.Option("--finish-reason", metavar="length", help="Lines with an answer that its token limit cut short."),
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", help="Token limit of the lines that are taken, over their own.")
+    ] = None,
+    request_timeout: RequestTimeout = None,
+    kv_memory: KvMemory = None,
+    device: Device = None,
+    schedule_order: ScheduleOrder = None,
+    grouping: Grouping = None,
+    enforce_eager: EnforceEager = False,
+    until: Until = None,
+    timeout: Timeout = None,
+    max_errors: MaxErrors = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Where the model lies now, if it was moved.")
+    ] = None,
+    job: MovedJob = None,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> None:
+    """Run lines of a run again: those that failed, or answers that were cut short.
+
+    Without --code and --finish-reason it takes every failed line but those that are bad in the job itself, which would
+    fail in the same way. What a line gets takes the place of what it had, and that is kept in replaced.jsonl. Settings
+    are those of the run, but for the ones given here. Lines of the run that remain are run too. The same command again
+    goes on with a retry that was stopped; `batchrun run` goes on with the settings of the run.
+    """
+    with _failures(json):
+        from batchrun.report.wording import printable
+        from batchrun.retry import retry_run
+
+        with _Terminal(quiet=quiet) as terminal:
+            retried = retry_run(
+                run_dir, codes=code or (), finish_reason=finish_reason, max_tokens=max_tokens, model=model, job=job,
+                observer=terminal,
+                **_given(
+                    kv_memory=kv_memory, device=device, schedule_order=schedule_order, enforce_eager=enforce_eager,
+                    limits=_given(
+                        until=until, timeout=timeout, max_errors=max_errors, request_timeout=request_timeout
+                    ) or None,
+                    scheduler=_given(grouping=grouping) or None,
+                ),
+            )  # fmt: skip
+        if not quiet:
+            if retried.outcome.already_done:
+                _console(stderr=True).print(f"Nothing to retry in {run_dir}.", soft_wrap=True)
+            for reason in retried.left:
+                _console(stderr=True).print(printable(f"Not run again: {reason}."), soft_wrap=True)
+        _end(retried.outcome, quiet, json)
+
+
+@app.command()
+def close(
+    run_dir: Run,
+    expired: Annotated[
+        bool, typer.Option("--expired", help="Say batch_expired of the lines that remain, not batch_cancelled.")
+    ] = False,
+    job: MovedJob = None,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> None:
+    """End an unfinished run for good: every line that remains becomes an error line, batch_cancelled.
+
+    It loads no model. The run is finished then, and this exits with its exit code: 3, or 4 if no line has a result.
+    """
+    with _failures(json):
+        from batchrun.close import close_run
+
+        outcome = close_run(run_dir, expired=expired, job=job)
+        if not quiet and not json:
+            was = "is finished already" if outcome.already_done else "is closed"
+            _console().print(f"This run {was}; `batchrun retry` runs lines that failed again.", soft_wrap=True)
+        _end(outcome, quiet, json)
+
+
+def _end(outcome: Outcome, quiet: bool, json: bool) -> NoReturn:
+    """Show what a run came to, and exit with its code."""
+    from batchrun.formats.results import encode_json
+    from batchrun.formats.rundir import document
+    from batchrun.report.tables import print_summary
+
+    if json:
+        _write(encode_json(document(outcome.report), indent=True))
+    elif not quiet:
+        print_summary(_console(), outcome.report, outcome.run_dir)
+    if outcome.exit_code is ExitCode.STOPPED and not quiet:
+        _console(stderr=True).print("Stopped early. The same command again goes on.", soft_wrap=True)
+    sys.exit(outcome.exit_code)
 
 
 class _Terminal:

@@ -363,8 +363,39 @@ def load_config(config_file: Path | None = None, **flags: Any) -> RunConfig:
     layers = [_read_layer(configs_dir() / "default.toml")]
     if config_file is not None:
         layers.append(_read_layer(config_file))
-    layers.append(_Layer({name: value for name, value in flags.items() if value is not None}, None))
+    return _resolve([*layers, _flags(flags)])
 
+
+def dump_config(config: RunConfig) -> dict[str, Any]:
+    """The configuration as a mapping for JSON, its paths and a model's directory absolute, so that it means the same
+    from any place."""
+    settings = config.model_dump()
+    for name, value in settings.items():
+        if isinstance(value, Path):
+            settings[name] = str(value.absolute())
+    model = Path(config.model).expanduser()
+    return settings | ({"model": str(model.absolute())} if model.is_dir() else {})
+
+
+def load_dumped(settings: Mapping[str, Any], source: Path, **flags: Any) -> RunConfig:
+    """Resolve a configuration from what `dump_config` gave, then the flags that are not None.
+
+    Args:
+        source: the file that it was read from.
+        flags: as for `load_config`.
+
+    Raises:
+        UsageError: as `load_config`.
+    """
+    return _resolve([_Layer(settings, source), _flags(flags)])
+
+
+def _flags(flags: Mapping[str, Any]) -> _Layer:
+    return _Layer({name: value for name, value in flags.items() if value is not None}, None)
+
+
+def _resolve(layers: list[_Layer]) -> RunConfig:
+    """The configuration that layers make, each winning over those before it."""
     merged: dict[str, Any] = {}
     for layer in layers:
         for key, value in layer.values.items():

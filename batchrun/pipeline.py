@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from batchrun.config import RunConfig, load_config, nearest, parse_duration, parse_share, parse_until
+from batchrun.config import RunConfig, dump_config, load_config, nearest, parse_duration, parse_share, parse_until
 from batchrun.devices import DEPTH
 from batchrun.errors import BatchrunError, ExitCode, NothingRunnable, OutputError, UsageError
 from batchrun.execution.collect import LineCollector
@@ -36,6 +36,7 @@ from batchrun.formats.results import error_line
 from batchrun.formats.rundir import (
     ERRORS,
     RESULTS,
+    STDIN_JOB,
     Recovered,
     ResultSink,
     RunDir,
@@ -73,7 +74,7 @@ from batchrun.report.records import (
     TokenCounts,
     Warned,
 )
-from batchrun.request import FinishReason, LineFault
+from batchrun.request import FinishReason, JobLine, LineFault
 from batchrun.schedule.scheduler import Finished, Scheduler
 from batchrun.schedule.step import Step, StepOutput
 from batchrun.subject import Fingerprint, Subject, fingerprint_of
@@ -84,7 +85,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LOG, PAGE, PLAN, REPORT, STEPS = "run.log", "report.html", "plan.json", "report.json", "steps.jsonl"
-STDIN_JOB = "job.jsonl"
 QUARANTINED, TIMED_OUT = "engine_quarantined", "request_timeout"
 _IDS_COMPARED = 5000  # to either side, to find the one that was meant
 
@@ -108,7 +108,7 @@ class Observer(Protocol):
         """Asked between steps; True ends the run early, to be gone on with later."""
 
 
-class _Silent:
+class Silent:
     """An observer that does not mind."""
 
     def faults(self, faults: list[LineFault], total: int) -> None: ...
@@ -301,7 +301,7 @@ def _refuse_unknown(custom_id: str, known: list[str]) -> None:
 
 def run_job(job: str, config: RunConfig, observer: Observer | None = None) -> Outcome:
     """Run a job: what `batchrun run` does. Raises as `run`."""
-    observer = observer or _Silent()
+    observer = observer or Silent()
     began = time.perf_counter()
     subject = Subject.resolve(config, weights=True)
     with ExitStack() as stack:
@@ -313,16 +313,28 @@ def run_job(job: str, config: RunConfig, observer: Observer | None = None) -> Ou
             faults = prepare(subject, sound_lines(source, config.limit), config).faults
             _refuse_unrunnable(faults, lint.total, config)
         fingerprint = fingerprint_of(subject, lint.fingerprint, config)
-        run_dir = stack.enter_context(RunDir.open(out, fingerprint, fresh=config.fresh))
+        place = job if job == "-" else str(source.path.absolute())
+        run_dir = stack.enter_context(
+            RunDir.open(out, fingerprint, fresh=config.fresh, job=place, settings=dump_config(config))
+        )
         if run_dir.state is RunState.FINISHED:
-            assert run_dir.run is not None and run_dir.run.exit_code is not None
-            done = read_report(out / REPORT)
-            return Outcome(done, out, ExitCode(run_dir.run.exit_code), already_done=True)
+            return finished(run_dir)
         if job == "-":
             with output_errors(out):
                 source.path = source.path.replace(out / STDIN_JOB)
-        stack.enter_context(_log_to(out / LOG))
-        return _Run(source, lint, fingerprint, subject, config, run_dir, observer, began).execute()
+        stack.enter_context(log_to(out / LOG))
+        return Run(source, lint, fingerprint, subject, config, run_dir, observer, began).execute()
+
+
+def finished(run_dir: RunDir) -> Outcome:
+    """What an earlier start came to, where nothing is left to do.
+
+    Raises:
+        RunDirError: its report is not sound.
+    """
+    assert run_dir.run is not None and run_dir.run.exit_code is not None
+    done = read_report(run_dir.path / REPORT)
+    return Outcome(done, run_dir.path, ExitCode(run_dir.run.exit_code), already_done=True)
 
 
 def build_engine(settings: EngineSettings) -> Engine:
@@ -332,8 +344,12 @@ def build_engine(settings: EngineSettings) -> Engine:
     return Engine(settings)
 
 
-class _Run:
-    """One run in a locked run directory, from the read job to the written report."""
+class Run:
+    """One run in a locked run directory, from the read job to the written report.
+
+    Args:
+        limit_again: token limit of the lines that were taken out to be run again, over their own; None: their own.
+    """
 
     def __init__(
         self,
@@ -345,6 +361,8 @@ class _Run:
         run_dir: RunDir,
         observer: Observer,
         began: float,
+        *,
+        limit_again: int | None = None,
     ) -> None:
         self.source = source
         self.lint = lint
@@ -354,6 +372,7 @@ class _Run:
         self.run_dir = run_dir
         self.observer = observer
         self.began = began
+        self.limit_again = limit_again
         self.seconds: dict[str, float] = {}
         self.answered_prompt_tokens = 0
         self.finish_reasons: Counter[str] = Counter()
@@ -422,8 +441,11 @@ class _Run:
             left = engine.kv_memory(device.kv_share, rows, config.scheduler.page_size or device.page_size)
             config = config.model_copy(update={"kv_memory": left})
         self.observer.stage("read")
-        lines = sound_lines(self.source, self.config.limit)
-        prepared = prepare(self.subject, (line for line in lines if line.number not in done), config, device)
+        sound = sound_lines(self.source, self.config.limit)
+        lines: Iterator[JobLine] = (line for line in sound if line.number not in done)
+        if self.limit_again is not None:
+            lines = _limited(lines, set(recovered.replaced.tolist()), self.limit_again)
+        prepared = prepare(self.subject, lines, config, device)
         self.seconds |= prepared.seconds
         self._refuse(sink, prepared.faults)
         if prepared.faults:
@@ -458,7 +480,8 @@ class _Run:
             write_plan(self.run_dir.path / PLAN, planned)
             self.expected = planned.expected
             self.observer.expected_rows(round(simulated.scale * int(simulated.log.columns["rows"].sum())))
-            steps, padded, stopped = self._run_model(prepared, scheduler, engine, sink)
+            attempts = recovered.attempts_of(prepared.answers.line_numbers)
+            steps, padded, stopped = self._run_model(prepared, scheduler, engine, sink, attempts)
         if self.limit_reached is not None:
             message = f"stopped because {self.limit_reached}; the same command goes on"
             warnings.append(Warned("stopped_early", 1, message))
@@ -475,9 +498,14 @@ class _Run:
         return report, stopped
 
     def _run_model(
-        self, prepared: Prepared, scheduler: Scheduler, engine: Engine | RemoteEngine, sink: ResultSink
+        self,
+        prepared: Prepared,
+        scheduler: Scheduler,
+        engine: Engine | RemoteEngine,
+        sink: ResultSink,
+        attempts: npt.NDArray[np.int64],
     ) -> tuple[StepLog, int, bool]:
-        """Run the plan; answers go to `sink` as they come."""
+        """Run the plan; answers go to `sink` as they come. `attempts`: int64 `[N]`, of each line before."""
         requests, plan = prepared.requests, prepared.plan
         self._wait_for_engine(engine)
         eos_token_ids = prepared.tokenizer.eos_token_ids(self.subject.generation_config)
@@ -485,7 +513,7 @@ class _Run:
 
         texts = TextStops(prepared.tokenizer, requests)
         logprobs = LogprobTable(requests)
-        lines = LineCollector(prepared.answers, plan.groups, self.subject.name, sink, prepared.tokenizer)
+        lines = LineCollector(prepared.answers, plan.groups, self.subject.name, sink, prepared.tokenizer, attempts)
         newly_finished = 0
 
         def on_finished(finished: Finished) -> None:
@@ -666,6 +694,14 @@ def _open_source(job: str, config: RunConfig, stack: ExitStack) -> tuple[JobSour
     return spool_stdin(spool, sys.stdin.buffer), out
 
 
+def _limited(lines: Iterator[JobLine], again: set[int], limit: int) -> Iterator[JobLine]:
+    """Lines of which some have another token limit than their own."""
+    for line in lines:
+        if line.number in again:
+            line.options = replace(line.options, max_tokens=limit)
+        yield line
+
+
 def _remove_if_empty(directory: Path) -> None:
     with suppress(OSError):
         directory.rmdir()
@@ -700,8 +736,12 @@ def _shown(fault: LineFault) -> str:
 
 
 @contextmanager
-def _log_to(path: Path) -> Iterator[None]:
-    """Send the package's log to `run.log` while a run lasts."""
+def log_to(path: Path) -> Iterator[None]:
+    """Send the package's log to `run.log` while something is done to a run.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
     try:
         handler = logging.FileHandler(path, encoding="utf-8")
     except OSError as error:

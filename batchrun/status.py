@@ -9,8 +9,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import NamedTuple
 
-from batchrun.errors import ExitCode, RunDirError, UsageError
-from batchrun.formats.rundir import ERRORS, RESULTS, RUN, RunFile, RunStatus, read_document
+from batchrun.errors import ExitCode, RunDirError
+from batchrun.formats.rundir import ERRORS, RESULTS, RUN, RunFile, RunStatus, read_document, refuse_no_run
 from batchrun.formats.watch import Holder, count_error_codes, count_lines, count_since, last_created, look_at_lock
 from batchrun.report.records import RequestCounts
 
@@ -82,7 +82,7 @@ def read_status(run_dir: Path, *, now: float | None = None) -> RunProgress:
         RunDirError: its files are not sound.
     """
     held, holder = look_at_lock(run_dir)
-    _refuse_no_run(run_dir, held)
+    refuse_no_run(run_dir, starting=held)
     run = read_document(run_dir / RUN, RunFile)
     if not held and not run.status.finished:
         held, holder = look_at_lock(run_dir)  # it may have been started since the first look
@@ -111,22 +111,6 @@ def read_status(run_dir: Path, *, now: float | None = None) -> RunProgress:
         last_result_at=last_created(run_dir / RESULTS),
         seconds=seconds,
         **rates._asdict(),
-    )
-
-
-def _refuse_no_run(run_dir: Path, held: bool | None) -> None:
-    if (run_dir / RUN).is_file():
-        return
-    if held:
-        raise UsageError(f"The run in {run_dir} is just being started.", hint="Ask again in a moment.")
-    if run_dir.is_file():
-        raise UsageError(
-            f"{run_dir} is a file, not a run directory.",
-            hint="Name the directory that the run writes to: that of -o, or jobs.run beside jobs.jsonl.",
-        )
-    reason = f"{run_dir} has no {RUN}" if run_dir.is_dir() else f"there is no directory {run_dir}"
-    raise UsageError(
-        f"There is no run: {reason}.", hint="A run has its directory once its job is read and its model is found."
     )
 
 

@@ -36,7 +36,16 @@ class Subject:
     environment: dict[str, Any]
 
     @classmethod
-    def resolve(cls, config: RunConfig, *, weights: bool) -> Subject:
+    def resolve(cls, config: RunConfig, *, weights: bool, name: str | None = None) -> Subject:
+        """Find the model and see that it can be run.
+
+        Args:
+            weights: whether it is to be run, and not only planned for.
+            name: that results give the model; if None, the one that it was found by.
+
+        Raises:
+            UsageError: the model or the device is missing or refused.
+        """
         model = resolve_model(config.model, config.revision, weights=weights)
         spec, model_config, generation_config = read_model_spec(model.path)
         check_supported(model_config)
@@ -52,7 +61,7 @@ class Subject:
                 )
             device = kind
         return cls(
-            name=config.model,
+            name=name or config.model,
             model=model,
             spec=spec,
             config=model_config,

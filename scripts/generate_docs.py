@@ -228,7 +228,8 @@ RUN_DIRECTORY = """## Run directory
 | --- | --- |
 | `results.jsonl` | one line for each line of the job that succeeded |
 | `errors.jsonl` | one line for each line of the job that failed |
-| `run.json` | status, counts and fingerprint |
+| `replaced.jsonl` | lines of these two that were run again, as they were before; there after a retry |
+| `run.json` | status, counts, fingerprint, job and settings |
 | `plan.json` | what was planned |
 | `steps.jsonl` | one line for each step, unless `output.steps_log` is false |
 | `report.json`, `report.html` | what happened, for programs and for people |
@@ -240,9 +241,32 @@ Every JSON document of ours begins with `schema_version` ({version}). Documents 
 renamed, so a reader sees the old one or the new one.
 
 **The same command again** goes on where the last one stopped, or says that the run is finished. What is finished is
-read from the result and error lines themselves; a torn last line is cut off. Lines that failed are not run again. If
-the job, the model, its template, the dtype or a default of sampling has changed, the directory is refused (exit code
-76) with the difference named; `--fresh` moves the old run to `<directory>.1` (`.2`, ...) and starts anew.
+read from the result and error lines themselves; a torn last line is cut off. Lines that failed are not run again; that
+is what a retry is for. If the job, the model, its template, the dtype or a default of sampling has changed, the
+directory is refused (exit code 76) with the difference named; `--fresh` moves the old run to `<directory>.1` (`.2`,
+...) and starts anew.
+
+**A retry** (`batchrun retry jobs.run`) runs lines again and puts what they get in the place of what they had. It takes
+
+- without a choice, every failed line but those that the job file itself shows to be bad: the file is the same, so they
+  would fail in the same way (a line that is too long for the context or the KV memory is taken);
+- with `--code CODE`, the failed lines with this code, bad ones excepted as before;
+- with `--finish-reason length`, the lines with an answer that its token limit cut short. `--max-tokens` must give a
+  larger one; lines that it would not make longer, and those that fill the model's context, stay as they are.
+
+Both choices together take the lines of both. Settings are those of the run, from `run.json`, but for the ones that are
+given to the retry; what ends a run early (`--until`, `--timeout`, `--max-errors`) holds for one start only.
+`--max-tokens` is the limit of the lines that are taken, whatever limit they have themselves. Seeds are the same. Lines
+of the run that remain are run too, with their own limits.
+
+The lines are written to `replaced.jsonl` and noted in `run.json` before they are taken out of the two files; from then
+on they remain, and the run is unfinished. Where a retry was stopped or killed, the same command goes on with it: what
+it has run already is not chosen again. `batchrun run` goes on too, with the settings of the run.
+
+**Closing a run** (`batchrun close jobs.run`) ends an unfinished one for good: each line that remains becomes an error
+line, `batch_cancelled` or with `--expired` `batch_expired` (a bad line its own error), and the status is `cancelled`.
+The run is finished then; a retry can run its lines again. A line that an unfinished retry had taken out is closed as
+well, and what it was stays in `replaced.jsonl`.
 """
 
 RESULTS = """## results.jsonl
@@ -250,14 +274,24 @@ RESULTS = """## results.jsonl
 Lines in OpenAI's batch output form, in the order in which requests finish (`--results-order input` sorts them at the
 end). `finish_reason` is `stop` or `length`; `cached_tokens` are the prompt tokens whose KV a shared prefix computed.
 Our own fields are under `batchrun`: the `line` of the job, its prefix-sharing `group` or null, the `seed` used for the
-first choice, and `dedup_of`: the custom_id of the line whose answer this one got, since it must be the same, or null.
-`attempts` is 1 today. One line, spread out:
+first choice, `attempts`, how often it was tried, retries included, and `dedup_of`: the custom_id of the line whose
+answer this one got, since it must be the same, or null. One line, spread out:
 """
 
 ERRORS = """## errors.jsonl
 
-The same form, with status code 400 and OpenAI's error object as the body:
+A line that was rejected has the same form, with status code 400 and OpenAI's error object as the body:
 """
+
+UNRUN = """A line that got no answer has no response, and says why under `error`:
+"""
+
+UNRUN_CODES = {
+    "engine_quarantined": "it brought the worker down again and again, or its logits were no numbers",
+    "request_timeout": "it took longer than `--request-timeout`",
+    "batch_cancelled": "`batchrun close` ended the run",
+    "batch_expired": "`batchrun close --expired` ended the run",
+}
 
 
 STEPS = """One line for each forward pass, in columns. All but `seconds` follows from the plan and from which
@@ -286,7 +320,7 @@ def _formats() -> str:
         _table(("code", "the line"), codes),
         RUN_DIRECTORY.format(version=rundir.SCHEMA_VERSION),
         *_examples(),
-        *_document("run.json", rundir.RunFile, records.RequestCounts),
+        *_document("run.json", rundir.RunFile, records.RequestCounts, rundir.Retry),
         *_document(
             "plan.json",
             plan.PlanFile,
@@ -337,13 +371,15 @@ def _neutral_fields() -> str:
     return _table(("value", "fields"), [(values, _names(names)) for values, names in by_value.items()])
 
 
-def _examples() -> tuple[str, str, str, str]:
+def _examples() -> tuple[str, ...]:
     answer = Result(0, "Hello!", np.zeros(3, dtype=np.int32), FinishReason.STOP, Usage(24, 16, 3))
     result = results.result_line(
         [answer], custom_id="r1", line=1, endpoint=Endpoint.CHAT, model="demo", created=0, seed=7, group=2
     )
     fault = LineFault(3, "r3", "invalid_request", "temperature must be a number from 0 to 2, and is 9", "temperature")
-    return RESULTS, _json(result), ERRORS, _json(results.error_line(fault))
+    unrun = results.unrun_line("r4", 4, "request_timeout", "it took longer than 60 s (--request-timeout)", attempts=1)
+    codes = _table(("code", "the line"), [(f"`{code}`", text) for code, text in UNRUN_CODES.items()])
+    return RESULTS, _json(result), ERRORS, _json(results.error_line(fault)), UNRUN, _json(unrun), codes
 
 
 def _document(name: str, kind: type, *inner: type) -> list[str]:
@@ -381,7 +417,7 @@ def _json_type(annotation: str) -> str:
     if name.startswith("tuple["):
         shown = f"list of {name[6:-6]}"
     elif name.startswith("list["):
-        shown = f"list of {name[5:-1]}"
+        shown = f"list of {name[5:-1].replace('str', 'strings')}"
     elif name.startswith("dict["):
         shown = "object"
     else:

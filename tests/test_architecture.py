@@ -73,6 +73,9 @@ MAY_IMPORT: dict[str, set[str]] = {
         "schedule",
         "subject",
     },
+    "origin": {"config", "errors", "formats"},
+    "retry": {"config", "errors", "formats", "origin", "pipeline", "request", "subject"},
+    "close": {"config", "devices", "errors", "formats", "origin", "pipeline", "report", "request"},
     "check": {"config", "errors", "formats", "intake", "prepare", "report.records", "request", "subject", "tokenizer"},
     "status": {"errors", "formats", "report.records"},
     "cli": {"errors"},
@@ -80,12 +83,13 @@ MAY_IMPORT: dict[str, set[str]] = {
 # What may be imported besides inside functions (to keep the start light), and for type checking alone.
 LATER: dict[str, set[str]] = {
     "": {"pipeline"},  # batchrun/__init__.py
-    "cli": {"check", "config", "formats.results", "formats.rundir", "pipeline", "report", "status"},
+    "cli": {"check", "close", "config", "formats.results", "formats.rundir", "pipeline", "report", "retry", "status"},
     "pipeline": {"engine"},
 }
 FOR_TYPES: dict[str, set[str]] = {
     "pipeline": {"engine"},
     "": {"pipeline"},
+    "cli": {"pipeline"},
     "report": {"check", "formats.plan", "pipeline", "prefix", "status"},
 }
 

@@ -7,6 +7,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,7 +18,9 @@ from batchrun.config import (
     SamplingConfig,
     configs_dir,
     derive_seed,
+    dump_config,
     load_config,
+    load_dumped,
     parse_size,
     resolve_max_tokens,
     resolve_sampling,
@@ -31,6 +34,34 @@ SILENT = SamplingConfig()
 def toml(path: Path, text: str) -> Path:
     path.write_text(text, encoding="utf-8")
     return path
+
+
+# --- kept for later
+
+
+def test_what_was_dumped_means_the_same_from_another_place(tmp_path, monkeypatch):
+    (tmp_path / "tiny").mkdir()
+    monkeypatch.chdir(tmp_path)
+    given = load_config(
+        model="tiny",
+        out="a.run",
+        chat_template="own.jinja",
+        kv_memory="4GiB",
+        seed=2**64 - 1,
+        sampling={"stop": ["\n", "é"], "stop_token_ids": [2], "temperature": 1},
+        limits={"until": "06:00", "max_errors": "5%", "request_timeout": 1.5},
+    )
+    dumped = orjson.loads(orjson.dumps(dump_config(given)))
+    monkeypatch.chdir("/")
+    read = load_dumped(dumped, tmp_path / "run.json")
+    places = {"model": str(tmp_path / "tiny"), "out": tmp_path / "a.run", "chat_template": tmp_path / "own.jinja"}
+    assert read == given.model_copy(update=places)
+    changed = load_dumped(dumped, tmp_path / "run.json", kv_memory="1MB", limits={"request_timeout": "1h"})
+    assert changed.kv_memory == 10**6
+    assert (changed.limits.request_timeout, changed.limits.until) == ("1h", "06:00")
+    with pytest.raises(UsageError, match=r"run\.json: there is no setting 'colour'"):
+        load_dumped(dumped | {"colour": 1}, tmp_path / "run.json")
+    assert dump_config(load_config(model="org/name"))["model"] == "org/name"
 
 
 # --- layers

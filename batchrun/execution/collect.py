@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 
 from batchrun.formats.results import result_line, unrun_line
 from batchrun.formats.rundir import ResultSink
@@ -20,10 +21,18 @@ class LineCollector:
     for goes to each of them."""
 
     def __init__(
-        self, answers: Answers, groups: PrefixGroups, model: str, sink: ResultSink, tokenizer: Tokenizer
+        self,
+        answers: Answers,
+        groups: PrefixGroups,
+        model: str,
+        sink: ResultSink,
+        tokenizer: Tokenizer,
+        attempts: npt.NDArray[np.int64],
     ) -> None:
+        """`attempts`: int64 `[N]`, how often each line was tried before."""
         self._answers = answers
         self._tokenizer = tokenizer
+        self._attempts = attempts
         self._groups = groups
         self._model = model
         self._sink = sink
@@ -51,7 +60,8 @@ class LineCollector:
         for line in sorted(lines):
             self._partial.pop(line, None)
             number = int(answers.line_numbers[line])
-            self._sink.write_error(unrun_line(answers.custom_ids[line], number, code, message, attempts=attempts))
+            tried = attempts + int(self._attempts[line])
+            self._sink.write_error(unrun_line(answers.custom_ids[line], number, code, message, attempts=tried))
         self._failed |= lines
         return len(lines)
 
@@ -89,6 +99,7 @@ class LineCollector:
                 seed=int(answers.seed[first]),
                 group=group if group >= 0 else None,
                 dedup_of=answers.custom_ids[answers.line[made_for[0]]] if copied else None,
+                attempts=int(self._attempts[line]) + 1,
                 token=self._tokenizer.token,
             )
         )

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
@@ -40,6 +40,7 @@ def result_line(
     seed: int,
     group: int | None,
     dedup_of: str | None = None,
+    attempts: int = 1,
     token: Callable[[int], TokenText] | None = None,
 ) -> bytes:
     """The line of `results.jsonl` for one finished line of the job.
@@ -54,6 +55,7 @@ def result_line(
         seed: the seed of its first choice.
         group: id of the prefix-sharing group of its first choice, or None.
         dedup_of: custom_id of the line whose answer it got, where none of its answers was computed for it; else None.
+        attempts: how often the line was tried, this time included.
         token: what a token id stands for; needed where an answer has logprobs.
     """
     digest = _digest(line, custom_id)
@@ -82,7 +84,7 @@ def result_line(
         },
     }
     response = {"status_code": 200, "request_id": f"req_{digest}", "body": body}
-    return _batch_line(custom_id, line, response, None, group=group, attempts=1, seed=seed, dedup_of=dedup_of)
+    return _batch_line(custom_id, line, response, None, group=group, attempts=attempts, seed=seed, dedup_of=dedup_of)
 
 
 def _logprobs(choice: Result, chat: bool, token: Callable[[int], TokenText] | None) -> dict[str, Any] | None:
@@ -162,6 +164,47 @@ def read_line_number(raw: bytes) -> tuple[int, str | None]:
     if code is not None and type(code) is not str:
         raise ValueError("not an error line: its code is no text")
     return number, code
+
+
+def read_attempts(raw: bytes) -> int:
+    """How often the line of the job that a result or error line answers was tried.
+
+    Raises:
+        ValueError: `raw` is not a whole result or error line.
+    """
+    try:
+        attempts = orjson.loads(raw)["batchrun"]["attempts"]
+    except (KeyError, TypeError) as error:
+        raise ValueError("not a result line: it lacks batchrun.attempts") from error
+    if type(attempts) is not int or not 0 <= attempts < 2**31:
+        raise ValueError("not a result line: batchrun.attempts is no number of times")
+    return attempts
+
+
+class Ending(NamedTuple):
+    """How a line of the job ended, as its result line says."""
+
+    line: int
+    choices: int
+    by_length: bool  # one of them at least
+    prompt_tokens: int  # of all choices
+    completion_tokens: int
+
+
+def read_ending(raw: bytes) -> Ending:
+    """How the line of the job that a result line answers ended.
+
+    Raises:
+        ValueError: `raw` is not a whole result line.
+    """
+    entry = orjson.loads(raw)
+    try:
+        body = entry["response"]["body"]
+        reasons = [choice["finish_reason"] for choice in body["choices"]]
+        prompt, completion = (int(body["usage"][name]) for name in ("prompt_tokens", "completion_tokens"))
+        return Ending(entry["batchrun"]["line"], len(reasons), "length" in reasons, prompt, completion)
+    except (KeyError, TypeError) as error:
+        raise ValueError("not a result line: it lacks choices or usage") from error
 
 
 def read_created(raw: bytes) -> int:

@@ -17,8 +17,8 @@ import socket
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
@@ -30,15 +30,19 @@ import numpy.typing as npt
 import orjson
 from pydantic import TypeAdapter, ValidationError
 
-from batchrun.errors import ExitCode, OutputError, RunDirError
-from batchrun.formats.results import encode_json, read_line_number
+from batchrun.errors import ExitCode, OutputError, RunDirError, UsageError
+from batchrun.formats.results import Ending, encode_json, read_attempts, read_ending, read_line_number
 from batchrun.report.records import RequestCounts
 
 SCHEMA_VERSION = 1
 RESULTS, ERRORS, RUN = "results.jsonl", "errors.jsonl", "run.json"
+REPLACED = "replaced.jsonl"  # lines that were taken out of the two, to be run again
 LOCK = "lock"
+STDIN_JOB = "job.jsonl"  # the job, where it came from standard input
 # run.json goes first when a run is moved aside: without it, what is left is taken for no run at all.
-RUN_FILES = (RUN, RESULTS, ERRORS, "plan.json", "steps.jsonl", "report.json", "report.html", "run.log", "job.jsonl")
+RUN_FILES = (
+    RUN, RESULTS, ERRORS, REPLACED, "plan.json", "steps.jsonl", "report.json", "report.html", "run.log", STDIN_JOB
+)  # fmt: skip
 
 _LOOK_SECONDS = 0.1  # `batchrun status` holds a lock for less when it looks whether anyone does
 
@@ -48,6 +52,7 @@ BYTES_PER_LINE_LEAST = 500  # the same with an empty text, small numbers and one
 BYTES_PER_CHOICE = 80  # of a further answer on a line, around its text
 
 Fingerprint = Mapping[str, str | int | float | bool | None]
+Int64 = npt.NDArray[np.int64]
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
@@ -241,6 +246,29 @@ class RunState(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Retry:
+    """Lines of a run that were taken out of its two files, to be run again.
+
+    Attributes:
+        at: when, in seconds of Unix time.
+        lines: how many.
+        codes: the error codes that were named; none: all, unless there is a finish reason.
+        finish_reason: that of the finished lines that were named, or None.
+        changed: settings that differ from those of the run, by name.
+        size: bytes of `replaced.jsonl` with these lines as its last.
+        taken: whether they are out of the two files; if not, whoever writes there next takes them out.
+    """
+
+    at: int
+    lines: int
+    codes: list[str]
+    finish_reason: str | None
+    changed: dict[str, Any]
+    size: int = 0
+    taken: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class RunFile:
     """`run.json`: what a run is and how far it is. Times are seconds of Unix time.
 
@@ -256,6 +284,10 @@ class RunFile:
         created_at, completed_at: of the run.
         in_progress_at: of the latest start.
         environment: versions and machine.
+        job: absolute path of the job; `-` where it came from standard input, and is `job.jsonl` here. None in files of
+            earlier versions.
+        settings: what the run was asked for, every default resolved. None in files of earlier versions.
+        retries: the lines that were run again, in order.
 
     Raises:
         ValueError: a finished run without an exit code or with lines remaining; an exit code that there is not.
@@ -273,6 +305,9 @@ class RunFile:
     in_progress_at: int
     completed_at: int | None
     environment: dict[str, Any]
+    job: str | None = None
+    settings: dict[str, Any] | None = None
+    retries: tuple[Retry, ...] = ()
 
     def __post_init__(self) -> None:
         if self.status.finished and (self.exit_code is None or self.request_counts.remaining):
@@ -289,11 +324,22 @@ class Recovered:
         results: int64, sorted: job lines that have a result.
         errors: int64, sorted: job lines that have an error line; none is in both.
         error_codes: number of error lines by code.
+        replaced: int64, sorted: job lines that were taken out to be run again, at any time.
+        attempts: int64, for each of `replaced`, how often it was tried before.
     """
 
-    results: npt.NDArray[np.int64]
-    errors: npt.NDArray[np.int64]
+    results: Int64
+    errors: Int64
     error_codes: dict[str, int]
+    replaced: Int64 = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    attempts: Int64 = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+
+    def attempts_of(self, lines: npt.NDArray[np.int32]) -> Int64:
+        """How often each of some lines of the job, int32 `[N]`, was tried before; 0 for those never replaced."""
+        if not self.replaced.size:
+            return np.zeros(lines.size, dtype=np.int64)
+        rows = np.minimum(np.searchsorted(self.replaced, lines), self.replaced.size - 1)
+        return np.where(self.replaced[rows] == lines, self.attempts[rows], 0)
 
 
 class RunDir:
@@ -304,20 +350,32 @@ class RunDir:
         run: its `run.json`, or None before the first `start`.
     """
 
-    def __init__(self, path: Path, fingerprint: Fingerprint, lock: int) -> None:
+    def __init__(
+        self, path: Path, fingerprint: Fingerprint, lock: int, job: str | None, settings: dict[str, Any] | None
+    ) -> None:
         self.path = path
-        # As it reads back from JSON, so that equal stays equal.
-        self._fingerprint = orjson.loads(encode_json(dict(fingerprint)))
+        self._fingerprint = _as_read(fingerprint)
         self._lock = lock
+        self._job = job
+        self._settings = settings
         self.run: RunFile | None = None
 
     @classmethod
-    def open(cls, path: Path, fingerprint: Fingerprint, *, fresh: bool = False) -> RunDir:
+    def open(
+        cls,
+        path: Path,
+        fingerprint: Fingerprint,
+        *,
+        fresh: bool = False,
+        job: str | None = None,
+        settings: dict[str, Any] | None = None,
+    ) -> RunDir:
         """Make the directory where it is missing, take its lock, and see that a run in it is of this job.
 
         Args:
             fingerprint: all that decides the results (job content, model, template, sampling defaults), by name.
             fresh: move a run that is there to `<path>.1` (`.2`, ...) beside it, and start anew.
+            job, settings: as in `RunFile`, to be noted there.
 
         Raises:
             RunDirError: another process holds it, it belongs to another job, or its files are not sound.
@@ -325,11 +383,34 @@ class RunDir:
         """
         with output_errors(path):
             path.mkdir(parents=True, exist_ok=True)
-        run_dir = cls(path, fingerprint, _take_lock(path))
+        run_dir = cls(path, fingerprint, _take_lock(path), job, settings)
         try:
             if fresh:
                 _move_aside(path)
             run_dir._read_run()
+            if run_dir.run is not None:
+                run_dir.expect(fingerprint)
+                if run_dir.run.settings is None and settings is not None:  # an earlier version noted none
+                    run_dir._save(dataclasses.replace(run_dir.run, job=job, settings=settings))
+        except BaseException:
+            run_dir.close()
+            raise
+        return run_dir
+
+    @classmethod
+    def reopen(cls, path: Path) -> RunDir:
+        """Take the lock of a directory that has a run, whatever its job is; its `run` is there.
+
+        Raises:
+            UsageError: there is no run.
+            RunDirError: another process holds it, or its files are not sound.
+        """
+        refuse_no_run(path)
+        run_dir = cls(path, {}, _take_lock(path), None, None)
+        try:
+            run_dir._read_run()
+            assert run_dir.run is not None
+            run_dir._fingerprint = run_dir.run.fingerprint
         except BaseException:
             run_dir.close()
             raise
@@ -373,6 +454,9 @@ class RunDir:
                 in_progress_at=now,
                 completed_at=None,
                 environment=environment,
+                job=self._job if self._job is not None or self.run is None else self.run.job,
+                settings=self._settings if self._settings is not None or self.run is None else self.run.settings,
+                retries=self.run.retries if self.run else (),
             )
         )
 
@@ -405,7 +489,8 @@ class RunDir:
         )
 
     def recover(self) -> Recovered:
-        """Cut a torn last line off both files, and read which lines of the job are done; in bounded memory.
+        """Cut a torn last line off both files, take those lines out that a retry has left there, and read which lines
+        of the job are done; in bounded memory.
 
         Raises:
             RunDirError: a line before the last is not sound, a result is among the errors or an error among the
@@ -416,7 +501,67 @@ class RunDir:
         both = np.intersect1d(results, errors)
         if both.size:
             raise _unsound(self.path, f"line {both[0]} of the job is in {RESULTS} and in {ERRORS}")
-        return Recovered(results, errors, codes)
+        if self.run is None or not self.run.retries:
+            return Recovered(results, errors, codes)
+        *_, last = self.run.retries
+        numbers, attempts = _read_replaced(self.path / REPLACED, last.size)
+        if last.taken:
+            return Recovered(results, errors, codes, *_most_by_line(numbers, attempts))
+        if numbers.size < last.lines:
+            raise _unsound(self.path / REPLACED, f"it has not the {last.lines} lines that were to be run again")
+        for name in (RESULTS, ERRORS):
+            _drop_lines(self.path / name, numbers[numbers.size - last.lines :])
+        self._save(
+            dataclasses.replace(self.run, retries=(*self.run.retries[:-1], dataclasses.replace(last, taken=True)))
+        )
+        return self.recover()
+
+    def take_out(self, numbers: Int64, retry: Retry) -> Recovered:
+        """Take lines of the job out of the two files, so that they remain, and note the retry; what the lines were is
+        kept in `replaced.jsonl`. Whenever it is killed, either all is as it was, or `recover` does the rest.
+
+        Args:
+            numbers: the lines of the job, at least one of whose files has each.
+            retry: as it is to be noted; its `lines`, `size` and `taken` are seen to here.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        assert self.run is not None
+        noted = self.run.retries[-1].size if self.run.retries else 0
+        size = _append_replaced(self.path, numbers, noted)
+        # This is the moment that decides: the run is unfinished from here on, and what is to be taken out is known.
+        self._save(
+            dataclasses.replace(
+                self.run,
+                status=RunStatus.IN_PROGRESS,
+                exit_code=None,
+                completed_at=None,
+                retries=(*self.run.retries, dataclasses.replace(retry, lines=numbers.size, size=size, taken=False)),
+            )
+        )
+        return self.recover()
+
+    def expect(self, fingerprint: Fingerprint, *, hint: str | None = None) -> None:
+        """See that the run is of this fingerprint.
+
+        Args:
+            hint: what to do if it is not.
+
+        Raises:
+            RunDirError: it is not; the fields that differ are named.
+        """
+        assert self.run is not None
+        there, now = self.run.fingerprint, _as_read(fingerprint)
+        fields = [name for name in {**there, **now} if there.get(name) != now.get(name)]
+        if fields:
+            values = ((name, *_shorten(_show(there, name), _show(now, name))) for name in fields)
+            differences = "; ".join(f"{name} is {old} there and {new} now" for name, old, new in values)
+            raise RunDirError(
+                f"{self.path} belongs to another run: {differences}",
+                hint=hint or "Give another directory with -o, or --fresh to move that run aside and start again.",
+                code="run_dir_mismatch",
+            )
 
     def _save(self, run: RunFile) -> None:
         write_json_atomic(self.path / RUN, document(run))
@@ -434,16 +579,30 @@ class RunDir:
                     )
             return
         self.run = read_document(path, RunFile)
-        there, now = self.run.fingerprint, self._fingerprint
-        fields = [name for name in {**there, **now} if there.get(name) != now.get(name)]
-        if fields:
-            values = ((name, *_shorten(_show(there, name), _show(now, name))) for name in fields)
-            differences = "; ".join(f"{name} is {old} there and {new} now" for name, old, new in values)
-            raise RunDirError(
-                f"{self.path} belongs to another run: {differences}",
-                hint="Give another directory with -o, or --fresh to move that run aside and start again.",
-                code="run_dir_mismatch",
-            )
+
+
+def refuse_no_run(path: Path, *, starting: bool | None = False) -> None:
+    """See that a directory has a run.
+
+    Args:
+        starting: whether a process holds its lock.
+
+    Raises:
+        UsageError: it has none.
+    """
+    if (path / RUN).is_file():
+        return
+    if starting:
+        raise UsageError(f"The run in {path} is just being started.", hint="Ask again in a moment.")
+    if path.is_file():
+        raise UsageError(
+            f"{path} is a file, not a run directory.",
+            hint="Name the directory that the run writes to: that of -o, or jobs.run beside jobs.jsonl.",
+        )
+    reason = f"{path} has no {RUN}" if path.is_dir() else f"there is no directory {path}"
+    raise UsageError(
+        f"There is no run: {reason}.", hint="A run has its directory once its job is read and its model is found."
+    )
 
 
 def _take_lock(path: Path) -> int:
@@ -507,6 +666,12 @@ def _move_aside(path: Path) -> None:
     log.info("moved the run in %s to %s", path, aside)
 
 
+def _as_read(fingerprint: Fingerprint) -> dict[str, str | int | float | bool | None]:
+    """A fingerprint as it reads back from JSON, so that equal stays equal."""
+    read: dict[str, str | int | float | bool | None] = orjson.loads(encode_json(dict(fingerprint)))
+    return read
+
+
 def _show(fingerprint: Fingerprint, name: str) -> str:
     return repr(fingerprint[name]) if name in fingerprint else "not set"
 
@@ -551,19 +716,121 @@ def sort_results(path: Path) -> None:
     """
     if not path.exists():
         return
+    numbers, offsets, lengths = _read_index(path)
+    order = np.argsort(numbers, kind="stable")
+    if np.array_equal(order, np.arange(order.size)):
+        return
+    with _replacing(path) as target:
+        _copy_lines(path, offsets[order], lengths[order], target)
+
+
+def failed_lines(path: Path, codes: Collection[str] = ()) -> Int64:
+    """The lines of the job that have an error line, or those of them with one of some codes; int64, as they stand.
+
+    Args:
+        path: the run directory.
+        codes: error codes; none: all.
+    """
+    errors = path / ERRORS
+    if not errors.exists():
+        return np.empty(0, dtype=np.int64)
+    return np.fromiter(
+        (number for _, _, number, code in _scan(errors) if number is not None and (not codes or code in codes)),
+        dtype=np.int64,
+    )
+
+
+def endings(path: Path) -> Iterator[Ending]:
+    """How each line of the job that has a result ended, as they stand in the run directory `path`.
+
+    Raises:
+        RunDirError: a result line is not sound.
+    """
+    results = path / RESULTS
+    if not results.exists():
+        return
+    with results.open("rb") as file:
+        for raw in file:
+            try:
+                yield read_ending(raw)
+            except ValueError as error:
+                raise _unsound(results, f"the line that ends at byte {file.tell()}: {error}") from error
+
+
+def _read_replaced(path: Path, size: int) -> tuple[Int64, Int64]:
+    """The job line, and the number of attempts, of each line in the first `size` bytes of `replaced.jsonl`."""
+    rows = _LineIndex()
+    if path.exists():
+        with path.open("rb") as file:
+            for raw in file:
+                if file.tell() > size:
+                    break
+                try:
+                    number, _ = read_line_number(raw)
+                    rows.append(number, read_attempts(raw), 0)
+                except ValueError as error:
+                    raise _unsound(path, f"the line that ends at byte {file.tell()} is not sound") from error
+    numbers, attempts, _ = rows.columns()
+    return numbers, attempts
+
+
+def _most_by_line(numbers: Int64, attempts: Int64) -> tuple[Int64, Int64]:
+    """Each line once, ascending, with its largest number of attempts."""
+    order = np.lexsort((attempts, numbers))
+    numbers, attempts = numbers[order], attempts[order]
+    last = np.append(numbers[1:] != numbers[:-1], True)[: numbers.size]
+    return numbers[last], attempts[last]
+
+
+def _append_replaced(path: Path, numbers: Int64, noted: int) -> int:
+    """Append the result and error lines of some lines of the job to `replaced.jsonl`; returns its size.
+
+    Args:
+        noted: size that `run.json` knows of; what lies behind it was written by a retry that came no further.
+    """
+    replaced = path / REPLACED
+    with output_errors(replaced), replaced.open("ab") as target:
+        target.truncate(min(noted, target.tell()))
+        target.seek(0, os.SEEK_END)
+        for source in (path / RESULTS, path / ERRORS):
+            if source.exists():
+                there, offsets, lengths = _read_index(source)
+                taken = np.isin(there, numbers)
+                _copy_lines(source, offsets[taken], lengths[taken], target)
+        target.flush()
+        os.fsync(target.fileno())
+        _sync_directory(path)
+        return target.tell()
+
+
+def _drop_lines(path: Path, numbers: Int64) -> None:
+    """Write a file of result or error lines anew, without those of some lines of the job."""
+    if not path.exists():
+        return
+    there, offsets, lengths = _read_index(path)
+    kept = ~np.isin(there, numbers)
+    if kept.all():
+        return
+    with _replacing(path) as target:
+        _copy_lines(path, offsets[kept], lengths[kept], target)
+
+
+def _read_index(path: Path) -> tuple[Int64, Int64, Int64]:
+    """Line of the job, offset and length of each line of a file; 24 bytes of memory a line."""
     index = _LineIndex()
     for offset, length, number, _ in _scan(path):
         if number is None:
             raise _unsound(path, f"the line at byte {offset} is not sound")
         index.append(number, offset, length)
-    numbers, offsets, lengths = index.columns()
-    order = np.argsort(numbers, kind="stable")
-    if np.array_equal(order, np.arange(order.size)):
-        return
-    with path.open("rb") as source, _replacing(path) as target:
-        for row in order:
-            source.seek(int(offsets[row]))
-            target.write(source.read(int(lengths[row])))
+    return index.columns()
+
+
+def _copy_lines(path: Path, offsets: Int64, lengths: Int64, target: Any) -> None:
+    """Write the lines of a file that lie at some offsets."""
+    with path.open("rb") as source:
+        for offset, length in zip(offsets, lengths, strict=True):
+            source.seek(int(offset))
+            target.write(source.read(int(length)))
 
 
 class ResultSink:

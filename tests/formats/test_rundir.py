@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import random
 import resource
@@ -23,12 +24,15 @@ from batchrun.formats.rundir import (
     DiskEstimate,
     Recovered,
     ResultSink,
+    Retry,
     RunDir,
     RunState,
     RunStatus,
     check_disk,
     cut_torn_tail,
+    document,
     estimate_disk,
+    failed_lines,
     sort_results,
     write_json_atomic,
 )
@@ -370,6 +374,117 @@ def test_after_kills_each_start_goes_on_and_no_result_is_there_twice(tmp_path):
         assert lines == list(range(1, len(lines) + 1))
         assert len(lines) > kept
         kept = len(lines)
+
+
+# --- lines that are taken out, to be run again ---
+
+
+def finished_run(path) -> None:
+    """Five lines of which two failed, out of order."""
+    with RunDir.open(path, FINGERPRINT, job="/jobs.jsonl", settings={"model": "demo"}) as run_dir:
+        start(run_dir, 5)
+        with ResultSink(path, run_dir.recover()) as sink:
+            for line in (4, 1, 3):
+                sink.write_result(a_result(line))
+            for line, attempts in ((5, 3), (2, 1)):
+                sink.write_error(unrun_line(f"r{line}", line, "request_timeout", "late", attempts=attempts))
+        counts = RequestCounts(5, 3, 2, 0)
+        run_dir.update(RunStatus.COMPLETED, counts, errors={"request_timeout": 2}, exit_code=ExitCode.SOME_FAILED)
+
+
+def a_retry(**fields) -> Retry:
+    return Retry(7, 0, ["request_timeout"], None, {"max_tokens": 9}, **fields)
+
+
+def test_lines_that_are_taken_out_remain_and_are_kept_aside(tmp_path):
+    finished_run(tmp_path)
+    old = {name: (tmp_path / name).read_bytes().splitlines(True) for name in ("results.jsonl", "errors.jsonl")}
+    with RunDir.reopen(tmp_path) as run_dir:
+        recovered = run_dir.take_out(np.array([5, 3]), a_retry())
+        assert run_dir.state is RunState.UNFINISHED
+        assert (recovered.results.tolist(), recovered.errors.tolist()) == ([1, 4], [2])
+        assert recovered.error_codes == {"request_timeout": 1}
+        assert recovered.attempts_of(np.array([1, 3, 5, 9], dtype=np.int32)).tolist() == [0, 1, 3, 0]
+    assert (tmp_path / "results.jsonl").read_bytes() == old["results.jsonl"][0] + old["results.jsonl"][1]
+    assert (tmp_path / "errors.jsonl").read_bytes() == old["errors.jsonl"][1]
+    replaced = (tmp_path / "replaced.jsonl").read_bytes()
+    assert replaced == old["results.jsonl"][2] + old["errors.jsonl"][0]
+
+    with RunDir.open(tmp_path, FINGERPRINT) as run_dir:  # what an earlier start has noted stays
+        start(run_dir, 5)
+        assert run_dir.run and (run_dir.run.job, run_dir.run.settings) == ("/jobs.jsonl", {"model": "demo"})
+        assert run_dir.run.retries == (dataclasses.replace(a_retry(), lines=2, size=len(replaced), taken=True),)
+        with ResultSink(tmp_path, run_dir.recover()) as sink:
+            sink.write_error(unrun_line("r5", 5, "request_timeout", "late", attempts=4))
+            sink.write_result(a_result(3, "again"))
+        again = run_dir.take_out(np.array([5]), a_retry())  # once more, and the largest number of attempts counts
+        assert again.attempts_of(np.array([3, 5], dtype=np.int32)).tolist() == [1, 4]
+        assert again.results.tolist() == [1, 3, 4]
+
+
+def test_what_a_retry_left_behind_before_it_was_noted_is_written_over(tmp_path):
+    finished_run(tmp_path)
+    with RunDir.reopen(tmp_path) as run_dir:
+        run_dir.take_out(np.array([5]), a_retry())
+        noted = (tmp_path / "replaced.jsonl").read_bytes()
+        (tmp_path / "replaced.jsonl").write_bytes(noted + a_result(1) + b'{"torn')
+        assert run_dir.recover().replaced.tolist() == [5]
+        run_dir.take_out(np.array([2]), a_retry())
+        after = (tmp_path / "replaced.jsonl").read_bytes()
+        assert after.startswith(noted)
+        assert run_dir.recover().replaced.tolist() == [2, 5]
+        assert after.count(b"\n") == 2
+
+
+def test_a_retry_that_was_noted_is_ended_by_whoever_comes_next(tmp_path):
+    finished_run(tmp_path)
+    with RunDir.reopen(tmp_path) as run_dir:
+        old = [(tmp_path / name).read_bytes() for name in ("results.jsonl", "errors.jsonl")]
+        run_dir.take_out(np.array([5, 4]), a_retry())
+        new = [(tmp_path / name).read_bytes() for name in ("results.jsonl", "errors.jsonl")]
+        assert run_dir.run
+        run = dataclasses.replace(run_dir.run, retries=(dataclasses.replace(run_dir.run.retries[0], taken=False),))
+    for results, errors in ((old[0], old[1]), (new[0], old[1]), (old[0], new[1]), (new[0], new[1])):
+        write_json_atomic(tmp_path / "run.json", document(run))
+        (tmp_path / "results.jsonl").write_bytes(results)
+        (tmp_path / "errors.jsonl").write_bytes(errors)
+        recover(tmp_path)
+        assert [(tmp_path / name).read_bytes() for name in ("results.jsonl", "errors.jsonl")] == new
+    write_json_atomic(tmp_path / "run.json", document(run))
+    (tmp_path / "replaced.jsonl").unlink()
+    with pytest.raises(RunDirError, match="it has not the 2 lines that were to be run again"):
+        recover(tmp_path)
+
+
+def test_lines_that_were_kept_aside_may_be_removed_once_they_are_out(tmp_path):
+    finished_run(tmp_path)
+    with RunDir.reopen(tmp_path) as run_dir:
+        run_dir.take_out(np.array([5]), a_retry())
+        (tmp_path / "replaced.jsonl").unlink()
+        assert run_dir.recover().replaced.size == 0
+        assert run_dir.take_out(np.array([2]), a_retry()).replaced.tolist() == [2]
+
+
+def test_taking_out_needs_memory_for_an_index_and_not_for_the_lines(tmp_path):
+    with RunDir.open(tmp_path, FINGERPRINT) as run_dir:
+        start(run_dir, 3000)
+        with (tmp_path / "results.jsonl").open("wb") as file:
+            for line in range(1, 3001):
+                file.write(a_result(line, "x" * 10_000))
+        tracemalloc.start()
+        recovered = run_dir.take_out(np.arange(1, 3001, 2), a_retry())
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert (recovered.results.size, recovered.replaced.size) == (1500, 1500)
+    assert peak < 2_000_000
+
+
+def test_failed_lines_are_found_by_code(tmp_path):
+    assert failed_lines(tmp_path).size == 0
+    (tmp_path / "errors.jsonl").write_bytes(an_error(9, "empty_prompt") + an_error(3) + an_error(4))
+    assert failed_lines(tmp_path).tolist() == [9, 3, 4]
+    assert failed_lines(tmp_path, ["invalid_request"]).tolist() == [3, 4]
+    assert failed_lines(tmp_path, ["empty_prompt", "none"]).tolist() == [9]
 
 
 # --- the sink ---

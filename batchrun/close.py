@@ -1,0 +1,164 @@
+"""Ends an unfinished run for good: every line that remains becomes an error line, and no model is loaded for it."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from batchrun.config import RunConfig
+from batchrun.devices import resolve_device
+from batchrun.errors import ExitCode, RunDirError
+from batchrun.formats.job import JobSource, lint_job, read_job
+from batchrun.formats.report import read_report, write_report
+from batchrun.formats.results import error_line, unrun_line
+from batchrun.formats.rundir import (
+    ERRORS,
+    RESULTS,
+    Recovered,
+    ResultSink,
+    RunDir,
+    RunFile,
+    RunState,
+    RunStatus,
+    sort_results,
+    write_text_atomic,
+)
+from batchrun.origin import job_of, settings_of
+from batchrun.pipeline import LOG, PAGE, REPORT, Outcome, finished, log_to
+from batchrun.report.page import render_page
+from batchrun.report.records import KvUse, Report, RequestCounts, Seconds, StepLog, Throughput, TokenCounts, Warned
+from batchrun.request import JobLine, LineFault
+
+log = logging.getLogger(__name__)
+
+CANCELLED, EXPIRED = "batch_cancelled", "batch_expired"
+_MESSAGES = {
+    CANCELLED: "the run was closed before this line had its answer",
+    EXPIRED: "the run was closed as expired before this line had its answer",
+}
+_FLUSH_LINES = 4096
+
+
+def close_run(path: Path, *, expired: bool = False, job: Path | None = None) -> Outcome:
+    """End the run in `path` for good: what `batchrun close` does. Killed at any moment, the same call ends it.
+
+    A remaining line that is bad in itself gets the error that a run would give it.
+
+    Args:
+        expired: say of the lines that they expired, not that they were cancelled.
+        job: where the job lies, if no longer where it was.
+
+    Raises:
+        UsageError: there is no run, an earlier version made it, or its job is missing.
+        RunDirError: a process works on it, its job is another one, or its files are not sound.
+        OutputError: it cannot be written.
+    """
+    with RunDir.reopen(path) as run_dir:
+        if run_dir.state is RunState.FINISHED:
+            return finished(run_dir)
+        run = run_dir.run
+        assert run is not None
+        config = settings_of(run_dir)
+        source = job_of(run_dir, job)
+        lint = lint_job(source, config.limit)
+        run_dir.expect(
+            {**run.fingerprint, "job": lint.fingerprint}, hint="Give the job of this run, as it was, with --job."
+        )
+        with log_to(path / LOG):
+            return _close(run_dir, source, lint.total, config, EXPIRED if expired else CANCELLED)
+
+
+def _close(run_dir: RunDir, source: JobSource, total: int, config: RunConfig, code: str) -> Outcome:
+    run, path = run_dir.run, run_dir.path
+    assert run is not None
+    recovered = run_dir.recover()
+    codes = Counter(recovered.error_codes)
+    with ResultSink(path, recovered, flush_results=_FLUSH_LINES) as sink:
+        for line in _remaining(source, config.limit, recovered):
+            if isinstance(line, LineFault):
+                sink.write_error(error_line(line))
+                codes[line.code] += 1
+            else:
+                attempts = int(recovered.attempts_of(np.array([line.number], dtype=np.int32))[0])
+                sink.write_error(unrun_line(line.custom_id, line.number, code, _MESSAGES[code], attempts=attempts))
+                codes[code] += 1
+    if config.results_order == "input":
+        for name in (RESULTS, ERRORS):
+            sort_results(path / name)
+
+    counts = RequestCounts(total, sink.completed, sink.failed, total - sink.completed - sink.failed)
+    report = _report(path, run, config, counts, codes)
+    write_report(path / REPORT, report)
+    write_text_atomic(path / PAGE, render_page(report, StepLog().columns))
+    closed = codes[CANCELLED] + codes[EXPIRED]  # some perhaps by an earlier call, which was killed
+    if not counts.completed:
+        exit_code = ExitCode.NOTHING_RUNNABLE
+    else:
+        exit_code = ExitCode.SOME_FAILED if counts.failed else ExitCode.OK
+    status = RunStatus.CANCELLED if closed else RunStatus.COMPLETED
+    run_dir.update(status, counts, errors=codes, exit_code=exit_code)
+    log.info("closed for good: %s completed, %s failed, %s of them by closing", counts.completed, counts.failed, closed)
+    return Outcome(report, path, exit_code)
+
+
+def _remaining(source: JobSource, limit: int | None, recovered: Recovered) -> Iterator[JobLine | LineFault]:
+    """The lines of the job that have neither a result nor an error, in file order."""
+    done = _Sorted(np.union1d(recovered.results, recovered.errors))
+    return (line for line in islice(read_job(source), limit) if line.number not in done)
+
+
+class _Sorted:
+    """Numbers that are asked for in ascending order: 8 bytes of memory each, where a set takes 60."""
+
+    def __init__(self, numbers: npt.NDArray[np.int64]) -> None:
+        self._numbers = numbers
+        self._next = 0
+
+    def __contains__(self, number: int) -> bool:
+        while self._next < self._numbers.size and self._numbers[self._next] < number:
+            self._next += 1
+        return self._next < self._numbers.size and bool(self._numbers[self._next] == number)
+
+
+def _report(path: Path, run: RunFile, config: RunConfig, counts: RequestCounts, codes: Counter[str]) -> Report:
+    """The report of the latest start, with what closing has changed; where none was written, one of nothing done."""
+    report = Report(
+        request_counts=counts,
+        duplicates=0,
+        tokens=TokenCounts(0, 0, 0, 0),
+        saving=0.0,
+        seconds=Seconds(),
+        throughput=Throughput(),
+        expected=None,
+        steps=0,
+        kv=KvUse(0, 0, 0),
+        idle_rows=0,
+        padded_rows=0,
+        preemptions=0,
+        memory_retries=0,
+        worker_restarts=0,
+        prefix_evictions=0,
+        finish_reasons={},
+        errors={},
+        warnings=(),
+        groups=(),
+        schedule_order=config.schedule_order,
+        model=run.model,
+        device=resolve_device(config.device),
+        dtype=str(run.fingerprint.get("dtype")),
+        environment=run.environment,
+    )
+    with suppress(RunDirError):
+        report = read_report(path / REPORT)
+    closed = codes[CANCELLED] + codes[EXPIRED]
+    warning = Warned("closed", closed, f"{closed:,} lines got no answer, as the run was closed before")
+    kept = tuple(warned for warned in report.warnings if warned.code not in ("stopped_early", "closed"))
+    return replace(report, request_counts=counts, errors=dict(codes), warnings=(*kept, warning) if closed else kept)
