@@ -144,6 +144,7 @@ def run(
         from batchrun.formats.rundir import document
         from batchrun.pipeline import run_job
         from batchrun.report.tables import print_summary
+        from batchrun.report.wording import printable
 
         settings = load_config(
             config,
@@ -165,7 +166,8 @@ def run(
             _write(encode_json(document(outcome.report), indent=True))
         elif not quiet:
             if outcome.already_done:
-                _console().print(f"This run is finished already; {outcome.run_dir} has its results.", soft_wrap=True)
+                where = printable(str(outcome.run_dir), limit=4096)
+                _console().print(f"This run is finished already; {where} has its results.", soft_wrap=True)
             print_summary(_console(), outcome.report, outcome.run_dir)
         if outcome.exit_code is ExitCode.STOPPED and not quiet:
             _console(stderr=True).print("Stopped early. The same command again goes on.", soft_wrap=True)
