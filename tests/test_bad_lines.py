@@ -22,7 +22,7 @@ def line(**fields: Any) -> bytes:
 
 
 def openai(url: str = COMPLETIONS, **body: Any) -> bytes:
-    return line(custom_id=f"own {len(body)} {url} {sorted(body)}", method="POST", url=url, body=body)
+    return line(custom_id=f"{url} {json.dumps(body)}", method="POST", url=url, body=body)
 
 
 # What a line is, and what it gets: an error code, an answer, or nothing at all.

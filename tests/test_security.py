@@ -110,9 +110,17 @@ def test_pickled_weights_beside_safetensors_are_not_read(command, here):
 # --- code in a model directory
 
 
-@pytest.mark.parametrize("where", ["config.json", "tokenizer_config.json", "generation_config.json"])
-@pytest.mark.parametrize("in_process", ["true", "false"])
-def test_code_in_a_model_directory_is_not_executed(where, in_process, command, here, monkeypatch):
+CONFIGS = ["config.json", "tokenizer_config.json", "generation_config.json"]
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        *(pytest.param([name], id=name) for name in CONFIGS),
+        pytest.param(CONFIGS, marks=[pytest.mark.own_process, pytest.mark.slow], id="in the worker"),
+    ],
+)
+def test_code_in_a_model_directory_is_not_executed(where, command, here):
     plain = command("run", "-o", "plain.run")
     assert plain.exit_code == ExitCode.OK
     mark = here / "mark"
@@ -124,13 +132,15 @@ def test_code_in_a_model_directory_is_not_executed(where, in_process, command, h
         "AutoModelForCausalLM": "own.OwnModel",
         "AutoTokenizer": ["own.OwnTokenizer", "own.OwnTokenizer"],
     }
-    change(here / "model" / where, auto_map=names, tokenizer_class="OwnTokenizer", architectures=["OwnModel"])
-    (here / "settings.toml").write_text(f"in_process = {in_process}\n")
+    for name in where:
+        change(here / "model" / name, auto_map=names, tokenizer_class="OwnTokenizer", architectures=["OwnModel"])
     assert command("plan").exit_code == ExitCode.OK
-    done = command("run", "--config", "settings.toml")
+    done = command("run")
     assert done.exit_code == ExitCode.OK, done.stderr
     assert outcomes(here / "jobs.run") == outcomes(here / "plain.run")
     assert not mark.exists()
+    exec((here / "model" / "own.py").read_text(), {})  # the code is what it is taken for
+    assert mark.exists()
 
 
 def test_a_model_type_that_only_its_own_code_knows_is_refused(command, here):
@@ -158,7 +168,7 @@ HOSTILE_TEMPLATES = {
     "globals": "{{ lipsum.__globals__['os'].system('touch mark') }}",
     "globals of a class": "{{ cycler.__init__.__globals__.os.popen('touch mark').read() }}",
     "subclasses": "{% for c in ''.__class__.__mro__[1].__subclasses__() %}{{ c }}{% endfor %}",
-    "by attr": "{{ ''|attr('__class__')|attr('__mro__') }}",
+    "by attr": "{{ ''|attr('__class__')|attr('__mro__')|first }}",
     "by map": "{{ [messages]|map(attribute='__class__.__mro__')|list }}",
     "format string": "{{ '{0.__class__.__mro__}'.format(messages) }}",
     "another file": "{% include '/etc/passwd' %}",
@@ -176,8 +186,12 @@ def test_a_hostile_template_is_the_error_of_its_lines(template, command, here):
     done = command("run")
     assert done.exit_code == ExitCode.SOME_FAILED, done.stderr
     found = outcomes(here / "jobs.run")
-    assert found["chat"]["code"] == "invalid_request"
-    assert "template" in found["chat"]["message"]
+    # What is out of reach is an error, or nothing at all.
+    refused = ("invalid_request", "the chat template refuses these messages:")
+    assert (found["chat"]["code"], found["chat"]["message"][:41]) in (
+        refused,
+        ("empty_prompt", "the prompt has no tokens"),
+    )
     assert found["plain"][0]["finish_reason"] in ("stop", "length")
     assert not (here / "mark").exists()
     assert all(letter.isprintable() or letter == "\n" for letter in done.stdout + done.stderr)

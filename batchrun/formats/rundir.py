@@ -676,9 +676,10 @@ class ResultSink:
             self._errors.flush()
 
     def close(self) -> None:
-        """Flush and close both files; they are closed even where flushing fails. Raises as `flush` does."""
+        """Flush what is pending and close both files, which are closed even where that fails. Raises as `flush`."""
         try:
-            self.flush()
+            if self._results.pending or self._errors.pending:  # else the files may have been sorted since
+                self.flush()
         finally:
             self._results.close()
             self._errors.close()
