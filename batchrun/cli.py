@@ -152,6 +152,7 @@ def run(
     with _failures(json):
         from batchrun.config import load_config
         from batchrun.pipeline import run_job
+        from batchrun.report.wording import printable
 
         settings = load_config(
             config,
@@ -170,7 +171,8 @@ def run(
         with _Terminal(quiet=quiet) as terminal:
             outcome = run_job(job, settings, terminal)
         if outcome.already_done and not quiet and not json:
-            _console().print(f"This run is finished already; {outcome.run_dir} has its results.", soft_wrap=True)
+            where = printable(str(outcome.run_dir), limit=4096)
+            _console().print(f"This run is finished already; {where} has its results.", soft_wrap=True)
         _end(outcome, quiet, json)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from batchrun.config import RunConfig, derive_seed, resolve_max_tokens, resolve_sampling
-from batchrun.request import Endpoint, JobLine, LineFault, LineOptions, Requests, SamplingParams
+from batchrun.request import Endpoint, JobLine, LineFault, LineOptions, Requests, SamplingParams, TextColumn
 from batchrun.specs import ModelSpec
 from batchrun.tokenizer import Int32, PromptEncoder, Tokenizer
 from batchrun.tokens import TokenTableBuilder
@@ -57,7 +57,7 @@ class _Columns:
     expected_tokens: array[int] = field(default_factory=lambda: array("i"))
     defaulted: array[int] = field(default_factory=lambda: array("b"))
     line_numbers: array[int] = field(default_factory=lambda: array("i"))
-    custom_ids: list[str] = field(default_factory=list)
+    custom_ids: TextColumn = field(default_factory=TextColumn)
     endpoints: list[Endpoint] = field(default_factory=list)
 
 

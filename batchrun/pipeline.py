@@ -74,6 +74,7 @@ from batchrun.report.records import (
     TokenCounts,
     Warned,
 )
+from batchrun.report.wording import printable
 from batchrun.request import FinishReason, JobLine, LineFault
 from batchrun.schedule.scheduler import Finished, Scheduler
 from batchrun.schedule.step import Step, StepOutput
@@ -392,12 +393,14 @@ class Run:
         recovered = self.run_dir.recover()
         self.error_codes.update(recovered.error_codes)
         self.run_dir.start(self._counts(recovered), model=self.subject.name, environment=self.subject.environment)
-        log.info("run of %s with %s: %s lines", self.source.path, self.subject.name, self.total)
+        names = (printable(str(name), limit=4096) for name in (self.source.path, self.subject.name))
+        log.info("run of %s with %s: %s lines", *names, self.total)
         sink = ResultSink(
             self.run_dir.path,
             recovered,
             flush_seconds=self.config.output.flush_seconds,
             flush_results=self.config.output.flush_results,
+            check=self.run_dir.check,
         )
         try:
             with sink, _worker_errors(), ExitStack() as stack:
@@ -428,8 +431,13 @@ class Run:
 
     def _fill(self, sink: ResultSink, recovered: Recovered, stack: ExitStack) -> tuple[Report, bool]:
         """Write every result and error; returns the report, which is written too, and whether the run was stopped."""
-        done = set(recovered.results.tolist()) | set(recovered.errors.tolist())
-        self._refuse(sink, [fault for fault in self.lint.faults if fault.number not in done])
+        done = np.union1d(recovered.results, recovered.errors).data  # 8 bytes a line; a set takes some 100
+
+        def is_done(number: int) -> bool:
+            place = bisect_left(done, number)
+            return place < len(done) and done[place] == number
+
+        self._refuse(sink, [fault for fault in self.lint.faults if not is_done(fault.number)])
         self.observer.faults(self.lint.faults, self.total)
 
         config = self.config
@@ -442,7 +450,7 @@ class Run:
             config = config.model_copy(update={"kv_memory": left})
         self.observer.stage("read")
         sound = sound_lines(self.source, self.config.limit)
-        lines: Iterator[JobLine] = (line for line in sound if line.number not in done)
+        lines: Iterator[JobLine] = (line for line in sound if not is_done(line.number))
         if self.limit_again is not None:
             lines = _limited(lines, set(recovered.replaced.tolist()), self.limit_again)
         prepared = prepare(self.subject, lines, config, device)
@@ -735,18 +743,38 @@ def _shown(fault: LineFault) -> str:
     return f"line {fault.number}: {fault.code}: {fault.message}"
 
 
+class _RunLog(logging.FileHandler):
+    """`run.log`. That it cannot be written ends no run: the first failure is kept, to be told of at the end."""
+
+    def __init__(self, path: Path) -> None:
+        # A path may have bytes that are no UTF-8.
+        super().__init__(path, encoding="utf-8", errors="backslashreplace")
+        self.failure: OSError | None = None
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):
+            self.failure = self.failure or error
+        else:
+            super().handleError(record)
+
+    def close(self) -> None:
+        try:
+            super().close()
+        except OSError as error:  # what a write before has left in its buffer
+            self.failure = self.failure or error
+
+
 @contextmanager
 def log_to(path: Path) -> Iterator[None]:
     """Send the package's log to `run.log` while something is done to a run.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: it cannot be opened, or all ended well and not all of its log could be written.
     """
-    try:
-        handler = logging.FileHandler(path, encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"The log {path} cannot be written: {error.strerror}.") from error
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    with output_errors(path):
+        handler = _RunLog(path)
     logger = logging.getLogger("batchrun")
     logger.addHandler(handler)
     level, logger.level = logger.level, min(logger.level or logging.INFO, logging.INFO)
@@ -756,3 +784,6 @@ def log_to(path: Path) -> Iterator[None]:
         logger.level = level
         logger.removeHandler(handler)
         handler.close()
+    with output_errors(path):
+        if handler.failure is not None:
+            raise handler.failure

@@ -7,12 +7,14 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from batchrun.config import derive_seed, load_config
 from batchrun.formats.job import open_job, read_job
 from batchrun.intake import Intake, read_requests
 from batchrun.models import read_model_spec
-from batchrun.request import Endpoint, JobLine, LineOptions
+from batchrun.request import Endpoint, JobLine, LineOptions, TextColumn
 from batchrun.specs import ModelSpec
 from batchrun.tokenizer import load_tokenizer
 
@@ -62,7 +64,7 @@ def test_every_prompt_keeps_its_line_its_tokens_and_its_limit(intake):
     assert [requests.tokens[i].tolist() for i in range(len(requests))] == expected
     assert requests.line.tolist() == [0, 1, 2, 2, 2, 3, 3]
     assert requests.line_numbers.tolist() == [1, 4, 5, 6]
-    assert requests.custom_ids == ["a", "b", "c", "d"]
+    assert list(requests.custom_ids) == ["a", "b", "c", "d"]
     assert requests.endpoints == [Endpoint.COMPLETIONS, Endpoint.CHAT, Endpoint.COMPLETIONS, Endpoint.COMPLETIONS]
     assert requests.max_new_tokens.tolist() == [3, 4, 5, 5, 5, 6, 6]
     assert result.faults == []
@@ -218,6 +220,16 @@ def test_memory_is_what_the_tokens_and_the_columns_take(intake):
             tracemalloc.stop()
         ids.append(requests.tokens.ids.nbytes)
     assert used[1] - used[0] < ids[1] - ids[0] + 200 * 8000
+
+
+@given(st.lists(st.text(st.characters(), max_size=12) | st.text(max_size=12), max_size=8))
+def test_a_column_of_texts_is_their_list(texts):
+    column = TextColumn(texts)
+    assert list(column) == texts
+    assert [column[at] for at in np.arange(len(texts))] == texts
+    for outside in (-1, len(texts)):
+        with pytest.raises(IndexError):
+            column[outside]
 
 
 def test_equal_sampling_is_one_entry(intake):

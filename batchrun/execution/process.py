@@ -35,6 +35,12 @@ class Remote:
         self._start()
 
     def _start(self) -> None:
+        try:
+            self._open()
+        except OSError as error:  # too many processes or open files, or no memory for another
+            raise WorkerLost(f"no process can be started: {error.strerror or error}") from error
+
+    def _open(self) -> None:
         here, there = socket.socketpair()
         # A Python of its own: a fork of a process that has threads or a GPU is not sound, and multiprocessing would run
         # the script that this one was started with once more. In a session of its own, as a Ctrl-C at the terminal is

@@ -16,6 +16,7 @@ import stat
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -153,6 +154,8 @@ def spool_stdin(destination: Path, stream: BinaryIO) -> JobSource:
             shutil.copyfileobj(stream, file, _BLOCK)
         part.replace(destination)
     except OSError as error:
+        with suppress(OSError):
+            part.unlink()
         raise OutputError(
             f"Standard input cannot be copied to {destination}: {error.strerror}.",
             hint="Check the free space and the permissions there, or give the job as a file.",

@@ -16,8 +16,9 @@ import shutil
 import socket
 import time
 import uuid
+from array import array
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -68,11 +69,34 @@ def output_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         free = _free_bytes(path)
         space = "" if free is None else f" ({_size(free)} free on its file system)"
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            space, mend = "", "Allow more open files (`ulimit -n`)"
+        else:
+            mend = "Make room or give write permission"
         raise OutputError(
             f"cannot write {path}: {error.strerror or error}{space}",
-            hint="Make room or give write permission, then run the same command again: what is finished is kept.",
+            hint=f"{mend}, then run the same command again: what is finished is kept.",
             code="output_not_writable",
         ) from error
+
+
+def check_still_there(file: int, path: Path) -> None:
+    """See that an open file is the one at `path`: what is written to one that was removed is lost without a word.
+
+    Raises:
+        OutputError: it was removed, moved or replaced, or cannot be looked at.
+    """
+    with output_errors(path):
+        try:
+            there = os.path.samestat(path.stat(), os.fstat(file))
+        except (FileNotFoundError, NotADirectoryError):
+            there = False
+    if not there:
+        raise OutputError(
+            f"{path} was removed, moved or replaced while the run had it open",
+            hint="Put it back if it was moved, then run the same command again: what is not there is computed again.",
+            code="output_removed",
+        )
 
 
 def write_json_atomic(path: Path, value: Any) -> None:
@@ -424,6 +448,14 @@ class RunDir:
     ) -> None:
         self.close()
 
+    def check(self) -> None:
+        """See that the directory is there, and that no other process can have taken its lock.
+
+        Raises:
+            OutputError: the directory or its lock was removed, moved or replaced.
+        """
+        check_still_there(self._lock, self.path / LOCK)
+
     def close(self) -> None:
         """Give the lock back."""
         with contextlib.suppress(OSError):  # the file's content is a courtesy; closing it is what frees the lock
@@ -564,6 +596,7 @@ class RunDir:
             )
 
     def _save(self, run: RunFile) -> None:
+        self.check()
         write_json_atomic(self.path / RUN, document(run))
         self.run = run
 
@@ -615,6 +648,7 @@ def _take_lock(path: Path) -> int:
             except BlockingIOError:
                 time.sleep(_LOOK_SECONDS)
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            check_still_there(lock, path / LOCK)
             since = datetime.now(UTC).isoformat(timespec="seconds")
             os.ftruncate(lock, 0)
             os.pwrite(lock, f"{os.getpid()} {socket.gethostname()} {since}\n".encode(), 0)
@@ -708,7 +742,7 @@ def cut_torn_tail(path: Path) -> None:
 
 
 def sort_results(path: Path) -> None:
-    """Sort a file of result or error lines by their line of the job, on disk: 24 bytes of memory a line.
+    """Sort a file of result or error lines by their line of the job, on disk: 32 bytes of memory a line.
 
     Raises:
         RunDirError: a line of it is not sound.
@@ -717,9 +751,9 @@ def sort_results(path: Path) -> None:
     if not path.exists():
         return
     numbers, offsets, lengths = _read_index(path)
-    order = np.argsort(numbers, kind="stable")
-    if np.array_equal(order, np.arange(order.size)):
+    if (numbers[1:] >= numbers[:-1]).all():
         return
+    order = np.argsort(numbers, kind="stable")
     with _replacing(path) as target:
         _copy_lines(path, offsets[order], lengths[order], target)
 
@@ -759,19 +793,18 @@ def endings(path: Path) -> Iterator[Ending]:
 
 def _read_replaced(path: Path, size: int) -> tuple[Int64, Int64]:
     """The job line, and the number of attempts, of each line in the first `size` bytes of `replaced.jsonl`."""
-    rows = _LineIndex()
+    numbers, attempts = array("q"), array("q")
     if path.exists():
         with path.open("rb") as file:
             for raw in file:
                 if file.tell() > size:
                     break
                 try:
-                    number, _ = read_line_number(raw)
-                    rows.append(number, read_attempts(raw), 0)
+                    numbers.append(read_line_number(raw)[0])
+                    attempts.append(read_attempts(raw))
                 except ValueError as error:
                     raise _unsound(path, f"the line that ends at byte {file.tell()} is not sound") from error
-    numbers, attempts, _ = rows.columns()
-    return numbers, attempts
+    return np.asarray(numbers), np.asarray(attempts)
 
 
 def _most_by_line(numbers: Int64, attempts: Int64) -> tuple[Int64, Int64]:
@@ -816,13 +849,15 @@ def _drop_lines(path: Path, numbers: Int64) -> None:
 
 
 def _read_index(path: Path) -> tuple[Int64, Int64, Int64]:
-    """Line of the job, offset and length of each line of a file; 24 bytes of memory a line."""
-    index = _LineIndex()
+    """Line of the job, offset and length of each line of a file; 24 bytes of memory a line, while it is read 16."""
+    numbers, ends = array("q"), array("q", [0])
     for offset, length, number, _ in _scan(path):
         if number is None:
             raise _unsound(path, f"the line at byte {offset} is not sound")
-        index.append(number, offset, length)
-    return index.columns()
+        numbers.append(number)
+        ends.append(offset + length)
+    at = np.asarray(ends)
+    return np.asarray(numbers), at[:-1], np.diff(at)
 
 
 def _copy_lines(path: Path, offsets: Int64, lengths: Int64, target: Any) -> None:
@@ -841,13 +876,20 @@ class ResultSink:
     """
 
     def __init__(
-        self, path: Path, recovered: Recovered, *, flush_seconds: float = 2.0, flush_results: int = 1000
+        self,
+        path: Path,
+        recovered: Recovered,
+        *,
+        flush_seconds: float = 2.0,
+        flush_results: int = 1000,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         """Open the two files of the run directory `path`, made where they are missing.
 
         Args:
             recovered: what they hold, from `RunDir.recover`.
             flush_seconds, flush_results: lines are on disk at the latest when they are this old or this many.
+            check: `RunDir.check`, called before anything is written.
 
         Raises:
             OutputError: a file cannot be opened.
@@ -858,6 +900,7 @@ class ResultSink:
             _sync_directory(path)
         self._flush_seconds = flush_seconds
         self._flush_results = flush_results
+        self._check = check
         self._flushed_at = time.monotonic()
 
     @property
@@ -889,18 +932,23 @@ class ResultSink:
         """Bring every line to disk.
 
         Raises:
-            OutputError: the disk is full or refuses. Whole lines stay, a part of a line is cut off, and the lines
-                that did not fit are dropped: they count as remaining.
+            OutputError: the disk is full or refuses, or the files are not there any more. Whole lines stay, a part of
+                a line is cut off, and the lines that did not fit are dropped: they count as remaining.
         """
         self._flushed_at = time.monotonic()
-        self._results.flush()
-        self._errors.flush()
+        self._check()
+        try:
+            self._results.flush()
+        finally:
+            self._errors.flush()
 
     def close(self) -> None:
-        """Flush and close both files; they are closed even where flushing fails."""
+        """Flush what is pending and close both files, which are closed even where that fails. Raises as `flush`."""
         try:
-            self._results.close()
+            if self._results.pending or self._errors.pending:  # else the files may have been sorted since
+                self.flush()
         finally:
+            self._results.close()
             self._errors.close()
 
     def __enter__(self) -> ResultSink:
@@ -926,6 +974,7 @@ class _LineFile:
     def flush(self) -> None:
         data = b"".join(self.pending)
         self.pending.clear()
+        check_still_there(self._fd, self.path)
         if not data:
             return
         written = 0
@@ -944,28 +993,7 @@ class _LineFile:
                         os.ftruncate(self._fd, self._end)
 
     def close(self) -> None:
-        try:
-            self.flush()
-        finally:
-            os.close(self._fd)
-
-
-class _LineIndex:
-    """Where each line of a file lies: three int64 columns that grow by doubling."""
-
-    def __init__(self) -> None:
-        self._rows = np.empty((1024, 3), dtype=np.int64)
-        self._size = 0
-
-    def append(self, number: int, offset: int, length: int) -> None:
-        if self._size == len(self._rows):
-            self._rows = np.concatenate([self._rows, np.empty_like(self._rows)])
-        self._rows[self._size] = number, offset, length
-        self._size += 1
-
-    def columns(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        rows = self._rows[: self._size]
-        return rows[:, 0], rows[:, 1], rows[:, 2]
+        os.close(self._fd)
 
 
 def _scan(path: Path) -> Iterator[tuple[int, int, int | None, str | None]]:
@@ -987,19 +1015,20 @@ def _recover_file(path: Path, *, of_errors: bool) -> tuple[npt.NDArray[np.int64]
         return np.empty(0, dtype=np.int64), {}
     cut_torn_tail(path)
     size = path.stat().st_size
-    index = _LineIndex()
+    found = array("q")
     for offset, length, number, code in _scan(path):
         if number is not None:
             if (code is not None) is not of_errors:
                 raise _unsound(path, f"the line at byte {offset} is {'a result' if of_errors else 'an error'}")
-            index.append(number, offset, length)
+            found.append(number)
             codes.update([code] if code is not None else [])
         elif offset + length == size:
             with output_errors(path), path.open("r+b") as file:
                 _cut(file, offset, size)
         else:
             raise _unsound(path, f"the line at byte {offset} is not sound, and lines follow it")
-    numbers = np.sort(index.columns()[0])
+    numbers = np.asarray(found, dtype=np.int64)
+    numbers.sort()  # in place
     again = numbers[1:][numbers[1:] == numbers[:-1]]
     if again.size:
         raise _unsound(path, f"line {again[0]} of the job is there twice")

@@ -80,15 +80,23 @@ def build_forest(tokens: TokenTable) -> PrefixForest:
     Raises:
         ValueError: a prompt is empty.
     """
-    ids, offsets = tokens.ids, tokens.offsets[:-1]
     lengths = tokens.lengths
-    num_requests = lengths.size
-    if num_requests and int(lengths.min()) == 0:
+    if lengths.size and int(lengths.min()) == 0:
         raise ValueError(f"request {int(lengths.argmin())} has an empty prompt")
+    made, order, ends_at = _split(tokens.ids, tokens.offsets[:-1], lengths)
+    return _depth_first(made, order, ends_at, int(lengths.sum()))
 
+
+# Of the nodes of one level: parent, start, length, depth, level, requests, first.
+_Made = tuple[Int32, Int64, Int32, Int32, Int32, Int32, Int32]
+
+
+def _split(ids: Int32, offsets: Int64, lengths: Int64) -> tuple[list[_Made], Int32, Int32]:
+    """The nodes level by level, the requests in forest order, and the node that each ends in."""
+    num_requests = lengths.size
     order = np.arange(num_requests, dtype=np.int32)
     ends_at = np.full(num_requests, -1, dtype=np.int32)
-    made: list[tuple[np.ndarray, ...]] = []
+    made: list[_Made] = []
     made_count = 0
 
     # The ranges of `order` still to split: [low, low + size), equal on their first `depth` tokens, below `node`.
@@ -98,17 +106,7 @@ def build_forest(tokens: TokenTable) -> PrefixForest:
     node = np.full(low.size, -1, dtype=np.int32)
 
     while low.size:
-        places = concat_ranges(low, size)
-        of_range = np.repeat(np.arange(low.size), size)
-        members = order[places]
-        member_depth = depth[of_range]
-        more = lengths[members] > member_depth
-        digit = np.zeros(members.size, dtype=np.int64)  # 0: the request ends here; else its next token + 1
-        digit[more] = ids[offsets[members[more]] + member_depth[more]].astype(np.int64) + 1
-
-        key = (of_range.astype(np.int64) << 32) | digit
-        by_key = np.argsort(key, kind="stable")
-        members, key = members[by_key], key[by_key]
+        places, members, key = _by_next_token(ids, offsets, lengths, order, low, size, depth)
         order[places] = members
 
         part = np.flatnonzero(np.concatenate(([True], key[1:] != key[:-1])))
@@ -142,6 +140,11 @@ def build_forest(tokens: TokenTable) -> PrefixForest:
         ends_at[leader[~shared]] = numbers[~shared]
         low, size, depth, node = first[shared], part_size[shared], (part_depth + run)[shared], numbers[shared]
 
+    return made, order, ends_at
+
+
+def _depth_first(made: list[_Made], order: Int32, ends_at: Int32, prompt_logical: int) -> PrefixForest:
+    """The nodes in one numbering, depth first: `made` is emptied on the way, so that no node is held twice for long."""
     if not made:
         empty32 = np.empty(0, dtype=np.int32)
         return PrefixForest(
@@ -154,28 +157,48 @@ def build_forest(tokens: TokenTable) -> PrefixForest:
             node=empty32,
             order=order,
             first=empty32,
-            prompt_logical=0,
+            prompt_logical=prompt_logical,
         )
-    parent, start, length, node_depth, level, requests, first32 = (
+    parent, start, length, node_depth, level, requests, first = (
         np.concatenate(columns) for columns in zip(*made, strict=True)
     )
-    # Depth first: by place in the order, an ancestor (less deep) before its descendants.
-    old = np.lexsort((node_depth, first32))
+    made.clear()
+    # By place in the order, an ancestor (less deep) before its descendants.
+    old = np.lexsort((node_depth, first)).astype(np.int32)
     new = np.empty_like(old)
-    new[old] = np.arange(old.size)
+    new[old] = np.arange(old.size, dtype=np.int32)
     parent = parent[old]
     return PrefixForest(
-        parent=np.where(parent >= 0, new[parent], -1).astype(np.int32),
+        parent=np.where(parent >= 0, new[parent], np.int32(-1)),
         start=start[old],
         length=length[old],
         depth=node_depth[old],
         level=level[old],
         requests=requests[old],
-        node=new[ends_at].astype(np.int32),
+        node=new[ends_at],
         order=order,
-        first=first32[old],
-        prompt_logical=int(lengths.sum()),
+        first=first[old],
+        prompt_logical=prompt_logical,
     )
+
+
+def _by_next_token(
+    ids: Int32, offsets: Int64, lengths: Int64, order: Int32, low: Int64, size: Int64, depth: Int64
+) -> tuple[Int64, Int32, Int64]:
+    """The places of some ranges of `order` one after another, the requests there sorted by range and next token, and
+    their keys: the range, and in the low 32 bits the token's id + 1, or 0 where the request ends.
+
+    A function of its own, so that what it takes to sort is let go before runs are compared.
+    """
+    places = concat_ranges(low, size)
+    of_range = np.repeat(np.arange(low.size), size)
+    members = order[places]
+    member_depth = depth[of_range]
+    more = np.flatnonzero(lengths[members] > member_depth)
+    key = of_range.astype(np.int64) << 32
+    key[more] |= ids[offsets[members[more]] + member_depth[more]].astype(np.int64) + 1
+    by_key = np.argsort(key, kind="stable")
+    return places, members[by_key], key[by_key]
 
 
 def _common_run(

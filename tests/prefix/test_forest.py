@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -78,3 +81,22 @@ def test_runs_longer_than_a_comparison_window() -> None:
     forest = build_forest(TokenTable.from_rows([[*long, 1], [*long, 2], long[:500], [7]]))
     assert forest.length.tolist() == [500, 500, 1, 1, 1]
     assert forest.prompt_physical == 1003
+
+
+def test_memory_at_its_peak_is_a_few_columns():
+    """Of each short prompt some 45 bytes stay, and some 150 are taken for a while."""
+    count = 60_000
+    rows = np.arange(count)
+    digits = 1 + rows[:, None] // 10 ** np.arange(4, -1, -1) % 10
+    heads = np.full((count, 6), 11) + (rows % 100)[:, None]
+    tokens = TokenTable(np.hstack((heads, digits)).astype(np.int32).ravel(), np.arange(count + 1, dtype=np.int64) * 11)
+    tracemalloc.start()
+    try:
+        forest = build_forest(tokens)
+        kept, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(forest) > count
+    assert kept < 60 * count
+    # One block of windows is compared at a time, whatever the number of prompts.
+    assert peak < 170 * count + (2 << 20)
