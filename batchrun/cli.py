@@ -29,6 +29,9 @@ app = typer.Typer(
 )
 
 Job = Annotated[str, typer.Argument(help="Job file: .jsonl, .jsonl.gz or .jsonl.zst; - is standard input.")]
+RunDirectory = Annotated[
+    Path, typer.Argument(metavar="RUN", help="Run directory: that of -o, or jobs.run beside jobs.jsonl.")
+]
 Model = Annotated[
     str | None, typer.Option("--model", "-m", help="Model directory, short name (demo, llama, qwen, ...) or hub id.")
 ]
@@ -279,7 +282,7 @@ def check(
 
 @app.command()
 def status(
-    run_dir: Annotated[Path, typer.Argument(help="Run directory: that of -o, or jobs.run beside jobs.jsonl.")],
+    run_dir: RunDirectory,
     json: Json = False,
 ) -> None:
     """Tell how far a run is, while it runs or after; it may be asked from any terminal, and changes nothing.
@@ -299,6 +302,72 @@ def status(
         else:
             print_status(_console(), progress)
         sys.exit(progress.command_exit_code)
+
+
+@app.command()
+def report(
+    run_dir: RunDirectory,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write it as a page.")] = None,
+    prometheus: Annotated[
+        Path | None,
+        typer.Option(
+            "--prometheus", metavar="FILE", help="Write metrics for node_exporter's textfile collector (NAME.prom)."
+        ),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Tell what a finished or stopped run came to: what limited it, where its time went, planned against measured.
+
+    Exits with 0 where there is a report, whatever became of the run. --prometheus writes its file also for a run that
+    has no report yet.
+    """
+    with _failures(json):
+        from batchrun.formats.report import read_latest
+        from batchrun.formats.results import encode_json
+        from batchrun.formats.rundir import document, write_text_atomic
+        from batchrun.report.page import render_page
+        from batchrun.report.prometheus import render_metrics
+        from batchrun.report.tables import print_report
+        from batchrun.review import read_review
+        from batchrun.status import read_status
+
+        progress = read_status(run_dir)
+        if prometheus is not None:
+            name = str(run_dir.resolve())
+            write_text_atomic(prometheus, render_metrics(name, progress, read_latest(run_dir)))
+        review, steps = read_review(progress, run_dir)
+        if html is not None:
+            write_text_atomic(html, render_page(review.report, steps, review.plan, review.starts))
+        if json:
+            _write(encode_json(document(review), indent=True))
+        else:
+            print_report(_console(), review, steps)
+
+
+@app.command()
+def diff(
+    a: Annotated[Path, typer.Argument(help="A run directory.")],
+    b: Annotated[Path, typer.Argument(help="Another one.")],
+    show: Annotated[int, typer.Option("--show", metavar="N", min=0, help="How many differences to show.")] = 20,
+    json: Json = False,
+) -> None:
+    """Compare the answers of two runs by custom_id, and their speed.
+
+    Tells where answers begin to differ, which lines only one run has, and whose status or finish reason is another.
+    Exits with 0 if all lines are equal and with 3 if some are not; 1 and 2, and others, say that they were not compared.
+    """
+    with _failures(json):
+        from batchrun.diff import diff_runs
+        from batchrun.formats.results import encode_json
+        from batchrun.formats.rundir import document
+        from batchrun.report.tables import print_diff
+
+        compared = diff_runs(a, b, shown=show)
+        if json:
+            _write(encode_json(document(compared), indent=True))
+        else:
+            print_diff(_console(), compared)
+        sys.exit(compared.exit_code)
 
 
 class _Terminal:

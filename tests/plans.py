@@ -16,7 +16,7 @@ from batchrun.report.records import Estimate, GroupSummary, KvUse, OrderTried, S
 from batchrun.request import LineFault
 
 TOKENS = TokenCounts(prompt_logical=251_904, prompt_physical=31_220, prompt_computed=31_500, output=7_680)
-ESTIMATE = Estimate(10.0, 8.0, 12.5, 6.0, 2.5, "cpu", "a processor", True, 480)
+ESTIMATE = Estimate(10.0, 8.0, 12.5, 6.0, 2.5, 1.5, "cpu", "a processor", True, 480)
 
 
 def some_steps(count: int, pages: int = 3000, seconds: float = 0.5) -> npt.NDArray[np.void]:
@@ -40,6 +40,7 @@ def a_plan(**changes: Any) -> PlanFile:
         schedule_order="dfs",
         grouping="tree",
         steps=1204,
+        rows=5000,
         step_tokens=256,
         kv=KvUse(page_size=16, pages=4096, peak_pages=3120),
         expected=ESTIMATE,
