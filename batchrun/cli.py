@@ -354,7 +354,7 @@ def diff(
     """Compare the answers of two runs by custom_id, and their speed.
 
     Tells where answers begin to differ, which lines only one run has, and whose status or finish reason is another.
-    Exits with 0 if all lines are equal and with 3 if some are not; 1 and 2, and others, say that they were not compared.
+    Exits with 0 if all lines are equal and with 3 if some are not; 1, 2 and others say that nothing was compared.
     """
     with _failures(json):
         from batchrun.diff import diff_runs

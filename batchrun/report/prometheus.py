@@ -173,11 +173,11 @@ def _of_report(report: Report) -> list[tuple[str, str, str, Samples]]:
 
 def _family(run: str, name: str, kind: str, words: str, samples: Samples) -> str:
     """The lines of a metric; none if nothing of it is known."""
-    lines = [
-        f"{name}{{{','.join(f'{label}="{_escaped(text)}"' for label, text in {'run': run, **labels}.items())}}} {value!r}"
-        for labels, value in samples
-        if value is not None
-    ]
+    lines = []
+    for labels, value in samples:
+        if value is not None:
+            pairs = ",".join(f'{label}="{_escaped(text)}"' for label, text in {"run": run, **labels}.items())
+            lines.append(f"{name}{{{pairs}}} {value!r}")
     return "\n".join([f"# HELP {name} {words}", f"# TYPE {name} {kind}", *lines, ""]) if lines else ""
 
 

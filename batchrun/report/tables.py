@@ -174,7 +174,7 @@ def print_report(console: Console, review: Review, steps: npt.NDArray[np.void]) 
         _print_plots(console, steps, report.kv, glyphs(console.encoding), requests=True)
     if report.slowest:
         _print(console, Text())
-        rows = [
+        requests = [
             (
                 duration(slow.seconds),
                 f"{slow.first_step:,}",
@@ -184,9 +184,9 @@ def print_report(console: Console, review: Review, steps: npt.NDArray[np.void]) 
             )
             for slow in report.slowest[:_SLOWEST_SHOWN]
         ]
-        head = ("time", "first step", "last", "prompt", "output")
+        names = ("time", "first step", "last", "prompt", "output")
         ids = [printable(slow.custom_id) for slow in report.slowest[:_SLOWEST_SHOWN]]
-        _print_table(console, head, rows, ["slowest requests", *ids])
+        _print_table(console, names, requests, ["slowest requests", *ids])
     _print(console, Text())
     _print(console, Text("Not measured", style="bold"))
     for words in unmeasured(report):
