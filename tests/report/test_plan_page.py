@@ -81,12 +81,6 @@ def test_charts_go_over_the_time_of_the_steps():
     assert (course["ends"], course["total"]) == ([0, 1, 2, 3], 0)
 
 
-@pytest.mark.parametrize(("seconds", "unit"), [(1e-5, "ms"), (0.5, "s"), (5.0, "min"), (500.0, "h"), (0.0, "step")])
-def test_time_has_a_unit_for_its_length(seconds, unit):
-    html = render_plan_page(a_planned(steps=some_steps(100, seconds=seconds)))
-    assert html.count(f'text-anchor="end">{unit}</text>') == 2
-
-
 def test_runs_stand_below_those_that_they_go_on_from():
     html = render_plan_page(ALL)
     assert re.findall(r"padding-left:([\d.]+)em", html) == ["0.0", "1.5", "3.0", "1.5", "0.0"]
