@@ -27,7 +27,7 @@ def done(tmp_path_factory, model_dir) -> Path:
     job = folder / "jobs.jsonl"
     lines = [{"id": f"q{k}", "prompt": f"one two three {k} four", "max_tokens": 3 + k} for k in range(LINES)]
     job.write_text("".join(json.dumps(line) + "\n" for line in lines) + "{broken\n")
-    config = load_config(model=str(model_dir()), dtype="float32", kv_memory="16KiB", scheduler={"step_tokens": 40})
+    config = load_config(model=str(model_dir()), dtype="float32", kv_memory="64KiB", scheduler={"step_tokens": 40})
 
     class Stops:
         """Stops after some steps."""
