@@ -221,8 +221,15 @@ def _outcome(says: Told | None) -> str | None:
 
 
 def _alike(a: Sequence[int] | str, b: Sequence[int] | str) -> int:
-    """Tokens or characters that are the same at the beginning."""
-    return next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    """Tokens or characters that are the same at the beginning, found by halves."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 # --- lines of a run, by custom_id ---

@@ -14,7 +14,7 @@ from rich.cells import cell_len
 from typer.testing import CliRunner
 
 from batchrun.cli import app
-from batchrun.diff import diff_runs
+from batchrun.diff import _alike, diff_runs
 from batchrun.errors import ExitCode, RunDirError, UsageError
 from batchrun.formats.results import error_line, result_line
 from batchrun.formats.rundir import RunDir, RunStatus
@@ -178,3 +178,9 @@ def test_the_command_shows_it_in_80_columns_and_exits_as_it_says(tmp_path):
     assert len(document["differences"]) == 1
     assert CliRunner().invoke(app, ["diff", str(a), str(a)]).exit_code == 0
     assert CliRunner().invoke(app, ["diff", str(a), str(tmp_path)]).exit_code == 2
+
+
+def test_where_two_texts_part():
+    for a, b in (("", ""), ("", "x"), ("abc", "abc"), ("abc", "abcd"), ("abXd", "abYd"), ("Xb", "Yb")):
+        same = next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+        assert _alike(a, b) == _alike(b, a) == _alike([*map(ord, a)], [*map(ord, b)]) == same
