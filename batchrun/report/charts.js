@@ -18,8 +18,9 @@
   const number = (value) => (value == null ? "" : value.toLocaleString("en", { maximumFractionDigits: 1 }));
   const time = (value) => `${value.toLocaleString("en", { maximumSignificantDigits: 4 })} ${name}`;
   const steppedPath = uPlot.paths.stepped({ align: 1 });
+  // The outline shows a peak that is narrower than a pixel.
   const area = (label, values, of) =>
-    ({ label, values, width: 0, stroke: color(of), fill: color(of), paths: steppedPath, points: { show: false } });
+    ({ label, values, width: 1, stroke: color(of), fill: color(of), paths: steppedPath, points: { show: false } });
   const line = (label, values, of, dash) =>
     ({ label, values, width: 1.5, stroke: color(of), dash, paths: steppedPath, points: { show: false } });
 
@@ -67,7 +68,8 @@
     const kind = kinds[place.dataset.chart];
     const said = document.createElement("p");
     said.className = "said";
-    said.textContent = hint;
+    const rest = charts.length ? "" : hint;
+    said.textContent = rest;
     const axis = { stroke: color("soft"), grid: { stroke: color("line"), width: 1 }, ticks: { show: false },
       font: "12px system-ui, sans-serif" };
     const room = () => Math.max(place.clientWidth, 200);
@@ -88,7 +90,7 @@
         hooks: {
           setCursor: [
             (self) => {
-              if (self.cursor.left == null || self.cursor.left < 0) return void (said.textContent = hint);
+              if (self.cursor.left == null || self.cursor.left < 0) return void (said.textContent = rest);
               const at = self.posToVal(self.cursor.left, "x");
               let low = 0, high = count - 1; // the last column that begins at or before the pointer
               while (low < high) {

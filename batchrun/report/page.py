@@ -74,7 +74,7 @@ def render_page(
         title=outcome(counts),
         tone="bad" if counts.failed else "warn" if counts.remaining else "good",
         subject=f"{report.model} on {report.device} in {report.dtype}, {report.schedule_order} order",
-        tiles=_tiles(report),
+        tiles=list(_tiles(report)),
         sections=[
             section("What limited the run", f"<p>{text(limited.words)}</p>") if limited is not None else "",
             warnings(report.warnings),
@@ -199,10 +199,11 @@ def _slowest(slowest: Sequence[SlowRequest]) -> str:
         )
         for request in slowest
     ]
-    head = ("time", "custom_id", "line", "prompt tokens", "output tokens", "steps")
+    head = ("time", "custom_id", "line", "prompt", "output", "steps")
     shown = table(("number", "", "number", "number", "number", "number"), head, rows)
     return section(
-        "Slowest requests", shown + note("From the first step of each to its last, by the time of the steps.")
+        "Slowest requests",
+        shown + note("From the first step of each to its last, by the time of the steps; prompt and output in tokens."),
     )
 
 

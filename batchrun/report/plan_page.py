@@ -41,7 +41,7 @@ def render_plan_page(planned: Planned) -> str:
         title=plan_title(planned),
         tone="warn" if planned.faults else "good",
         subject=f"{plan.model} in {plan.dtype}, {plan.schedule_order} order, grouping {plan.grouping}",
-        tiles=_tiles(planned),
+        tiles=list(_tiles(planned)),
         sections=[
             *([_explanation(planned.explanation)] if planned.explanation is not None else []),
             *([_diagnosis(planned.diagnosis)] if planned.diagnosis is not None else []),
