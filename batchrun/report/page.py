@@ -25,6 +25,7 @@ from batchrun.report.markup import (
 )
 from batchrun.report.records import GroupSummary, Report, SlowRequest, StartSummary
 from batchrun.report.wording import (
+    KIND_NAMES,
     duration,
     outcome,
     percent,
@@ -51,7 +52,6 @@ _COLOURS = {
     "host": "red",
     "other": "grey",
 }
-_KINDS = {"mixed": "prefill and decode", "host": "host and waiting for it"}
 
 
 def render_page(
@@ -133,7 +133,8 @@ def _time(report: Report) -> str:
         return ""
     stack = "".join(f'<i class="{_COLOURS[name]}" style="width:{100 * part / whole:.2f}%"></i>' for name, part in parts)
     colours = [
-        (_COLOURS[name], f"{_KINDS.get(name, name)} {duration(part)} ({percent(part / whole)})") for name, part in parts
+        (_COLOURS[name], f"{KIND_NAMES.get(name, name)} {duration(part)} ({percent(part / whole)})")
+        for name, part in parts
     ]
     words = ""
     if report.step_seconds is not None:

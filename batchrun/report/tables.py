@@ -20,6 +20,7 @@ from rich.text import Text
 from batchrun.report.plots import Float, Glyphs, course, framed, glyphs, plot
 from batchrun.report.records import KvUse, OrderTried, Report, TokenCounts, Warned
 from batchrun.report.wording import (
+    KIND_NAMES,
     as_expected,
     check_title,
     duration,
@@ -159,7 +160,7 @@ def print_report(console: Console, review: Review, steps: npt.NDArray[np.void]) 
     if whole:
         _print(console, Text())
         rows = [(duration(spent), percent(spent / whole)) for _, spent in parts]
-        _print_table(console, ("time", "share"), rows, ["went to", *(name for name, _ in parts)])
+        _print_table(console, ("time", "share"), rows, ["went to", *(KIND_NAMES.get(name, name) for name, _ in parts)])
     if review.plan is not None:
         _print(console, Text())
         compared = planned_and_measured(report, review.plan)

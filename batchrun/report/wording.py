@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 STAGES = ("load", "tokenize", "plan", "execute")
 STEP_KINDS = ("prefill", "mixed", "decode", "tail", "host")
+KIND_NAMES = {"mixed": "prefill and decode", "host": "host and waiting for it"}
 
 
 def outcome(counts: RequestCounts) -> str:
