@@ -1,6 +1,6 @@
 """Two runs compared line by line: what each `custom_id` got in one and in the other.
 
-Of each run an index is held, some 40 bytes a line, and of the lines two at a time.
+Of each run an index is held, some 50 bytes a line (a few times that while lines are paired), and two lines at a time.
 """
 
 from __future__ import annotations
