@@ -360,7 +360,8 @@ def retry(
             )  # fmt: skip
         if not quiet:
             if retried.outcome.already_done:
-                _console(stderr=True).print(f"Nothing to retry in {run_dir}.", soft_wrap=True)
+                where = printable(str(run_dir), limit=4096)
+                _console(stderr=True).print(f"Nothing to retry in {where}.", soft_wrap=True)
             for reason in retried.left:
                 _console(stderr=True).print(printable(f"Not run again: {reason}."), soft_wrap=True)
         _end(retried.outcome, quiet, json)
@@ -388,6 +389,72 @@ def close(
             was = "is finished already" if outcome.already_done else "is closed"
             _console().print(f"This run {was}; `batchrun retry` runs lines that failed again.", soft_wrap=True)
         _end(outcome, quiet, json)
+
+
+@app.command()
+def report(
+    run_dir: Run,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write it as a page.")] = None,
+    prometheus: Annotated[
+        Path | None,
+        typer.Option(
+            "--prometheus", metavar="FILE", help="Write metrics for node_exporter's textfile collector (NAME.prom)."
+        ),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Tell what a finished or stopped run came to: what limited it, where its time went, planned against measured.
+
+    Exits with 0 where there is a report, whatever became of the run. --prometheus writes its file also for a run that
+    has no report yet.
+    """
+    with _failures(json):
+        from batchrun.formats.report import read_latest
+        from batchrun.formats.results import encode_json
+        from batchrun.formats.rundir import document, write_text_atomic
+        from batchrun.report.page import render_page
+        from batchrun.report.prometheus import render_metrics
+        from batchrun.report.tables import print_report
+        from batchrun.review import read_review
+        from batchrun.status import read_status
+
+        progress = read_status(run_dir)
+        if prometheus is not None:
+            name = str(run_dir.resolve())
+            write_text_atomic(prometheus, render_metrics(name, progress, read_latest(run_dir)))
+        review, steps = read_review(progress, run_dir)
+        if html is not None:
+            write_text_atomic(html, render_page(review.report, steps, review.plan, review.starts))
+        if json:
+            _write(encode_json(document(review), indent=True))
+        else:
+            print_report(_console(), review, steps)
+
+
+@app.command()
+def diff(
+    a: Annotated[Path, typer.Argument(help="A run directory.")],
+    b: Annotated[Path, typer.Argument(help="Another one.")],
+    show: Annotated[int, typer.Option("--show", metavar="N", min=0, help="How many differences to show.")] = 20,
+    json: Json = False,
+) -> None:
+    """Compare the answers of two runs by custom_id, and their speed.
+
+    Tells where answers begin to differ, which lines only one run has, and whose status or finish reason is another.
+    Exits with 0 if all lines are equal and with 3 if some are not; 1, 2 and others say that nothing was compared.
+    """
+    with _failures(json):
+        from batchrun.diff import diff_runs
+        from batchrun.formats.results import encode_json
+        from batchrun.formats.rundir import document
+        from batchrun.report.tables import print_diff
+
+        compared = diff_runs(a, b, shown=show)
+        if json:
+            _write(encode_json(document(compared), indent=True))
+        else:
+            print_diff(_console(), compared)
+        sys.exit(compared.exit_code)
 
 
 def _end(outcome: Outcome, quiet: bool, json: bool) -> NoReturn:

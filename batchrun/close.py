@@ -17,7 +17,7 @@ from batchrun.config import RunConfig
 from batchrun.devices import resolve_device
 from batchrun.errors import ExitCode, RunDirError
 from batchrun.formats.job import JobSource, lint_job, read_job
-from batchrun.formats.report import read_report, write_report
+from batchrun.formats.report import REPORT, read_report, write_report
 from batchrun.formats.results import error_line, unrun_line
 from batchrun.formats.rundir import (
     ERRORS,
@@ -32,7 +32,7 @@ from batchrun.formats.rundir import (
     write_text_atomic,
 )
 from batchrun.origin import job_of, settings_of
-from batchrun.pipeline import LOG, PAGE, REPORT, Outcome, finished, log_to
+from batchrun.pipeline import LOG, PAGE, Outcome, finished, log_to
 from batchrun.report.page import render_page
 from batchrun.report.records import KvUse, Report, RequestCounts, Seconds, StepLog, Throughput, TokenCounts, Warned
 from batchrun.request import JobLine, LineFault
@@ -137,8 +137,10 @@ def _report(path: Path, run: RunFile, config: RunConfig, counts: RequestCounts, 
         saving=0.0,
         seconds=Seconds(),
         throughput=Throughput(),
+        step_seconds=None,
         expected=None,
         steps=0,
+        rows=0,
         kv=KvUse(0, 0, 0),
         idle_rows=0,
         padded_rows=0,
@@ -150,6 +152,7 @@ def _report(path: Path, run: RunFile, config: RunConfig, counts: RequestCounts, 
         errors={},
         warnings=(),
         groups=(),
+        slowest=(),
         schedule_order=config.schedule_order,
         model=run.model,
         device=resolve_device(config.device),

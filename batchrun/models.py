@@ -38,12 +38,15 @@ class ModelDir:
     revision: str | None = None
 
 
-def resolve_model(name_or_path: str, revision: str | None = None, *, weights: bool = True) -> ModelDir:
+def resolve_model(
+    name_or_path: str, revision: str | None = None, *, weights: bool = True, download: bool = True
+) -> ModelDir:
     """Find a model: an existing directory, else a short name, else a hub id (local cache first, then download).
 
     Args:
         revision: branch, tag or commit of a hub model.
         weights: whether the weights are needed too; planning needs none.
+        download: whether a hub model may be downloaded.
 
     Raises:
         ModelNotFound: it is missing, incomplete, gated or out of reach (code `model_not_found`).
@@ -60,11 +63,11 @@ def resolve_model(name_or_path: str, revision: str | None = None, *, weights: bo
         if "path" in entry:
             folder = (known[name_or_path].parent / entry["path"]).resolve()
             return _local(name_or_path, folder, "name", revision=revision, weights=weights)
-        return _from_hub(name_or_path, entry["hub"], revision, weights)
+        return _from_hub(name_or_path, entry["hub"], revision, weights, download)
     if folder.exists():
         raise _not_found(f"{name_or_path} is a file, not a model directory.", "Give the directory that holds it.")
     if _HUB_ID.fullmatch(name_or_path) and not name_or_path.startswith("."):
-        return _from_hub(name_or_path, name_or_path, revision, weights)
+        return _from_hub(name_or_path, name_or_path, revision, weights, download)
     if "/" in name_or_path or "\\" in name_or_path:
         raise _not_found(f"There is no directory {name_or_path}.", "Give the directory that has config.json in it.")
     meant = nearest(name_or_path, known)
@@ -155,7 +158,7 @@ def _local(
     return ModelDir(name, folder, source)
 
 
-def _from_hub(name: str, hub_id: str, revision: str | None, weights: bool) -> ModelDir:
+def _from_hub(name: str, hub_id: str, revision: str | None, weights: bool, download: bool) -> ModelDir:
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -186,6 +189,8 @@ def _from_hub(name: str, hub_id: str, revision: str | None, weights: bool) -> Mo
     except LocalEntryNotFoundError:
         pass  # not cached, or in part: download
 
+    if not download:
+        raise _not_found(f"{tried}.", "Any run with it downloads it.")
     if constants.HF_HUB_OFFLINE:
         raise _not_found(
             f"{tried}, and HF_HUB_OFFLINE forbids downloading it.",

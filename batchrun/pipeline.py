@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from batchrun.config import RunConfig, dump_config, load_config, nearest, parse_duration, parse_share, parse_until
 from batchrun.devices import DEPTH
-from batchrun.errors import BatchrunError, ExitCode, NothingRunnable, OutputError, UsageError
+from batchrun.errors import BatchrunError, ExitCode, NothingRunnable, OutputError, RunDirError, UsageError
 from batchrun.execution.collect import LineCollector
 from batchrun.execution.limits import Limits, RequestClock
 from batchrun.execution.logprobs import LogprobTable
@@ -28,10 +28,11 @@ from batchrun.execution.loop import run_loop
 from batchrun.execution.process import RemoteEngine
 from batchrun.execution.recovery import Recovery
 from batchrun.execution.stops import TextStops
+from batchrun.execution.timeline import Timeline
 from batchrun.execution.worker import WorkerLost
 from batchrun.formats.job import JobLint, JobSource, lint_job, open_job, sound_lines, spool_stdin
-from batchrun.formats.plan import PlanFile, write_plan
-from batchrun.formats.report import StepWriter, read_report, write_report
+from batchrun.formats.plan import PLAN, PlanFile, write_plan
+from batchrun.formats.report import REPORT, STEPS, StepWriter, read_report, read_step_logs, write_report
 from batchrun.formats.results import error_line
 from batchrun.formats.rundir import (
     ERRORS,
@@ -64,15 +65,18 @@ from batchrun.prepare import (
 )
 from batchrun.report.page import render_page
 from batchrun.report.records import (
-    Estimate,
     KvUse,
     Report,
     RequestCounts,
     Seconds,
+    SlowRequest,
+    StartSummary,
     StepLog,
     Throughput,
     TokenCounts,
     Warned,
+    step_seconds,
+    sum_up,
 )
 from batchrun.report.wording import printable
 from batchrun.request import FinishReason, JobLine, LineFault
@@ -85,7 +89,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-LOG, PAGE, PLAN, REPORT, STEPS = "run.log", "report.html", "plan.json", "report.json", "steps.jsonl"
+LOG, PAGE = "run.log", "report.html"
 QUARANTINED, TIMED_OUT = "engine_quarantined", "request_timeout"
 _IDS_COMPARED = 5000  # to either side, to find the one that was meant
 
@@ -387,7 +391,8 @@ class Run:
             max_errors=parse_share(wanted.max_errors, lint.total) if wanted.max_errors is not None else None,
         )
         self.limit_reached: str | None = None
-        self.expected: Estimate | None = None
+        self.planned: PlanFile | None = None
+        self.slowest: tuple[SlowRequest, ...] = ()
 
     def execute(self) -> Outcome:
         recovered = self.run_dir.recover()
@@ -484,10 +489,9 @@ class Run:
         elif len(prepared.requests):
             simulated = simulate(prepared)
             self.seconds["plan"] += time.perf_counter() - began
-            planned = plan_file(prepared, simulated, orders, self.subject, self.fingerprint)
+            planned = self.planned = plan_file(prepared, simulated, orders, self.subject, self.fingerprint)
             write_plan(self.run_dir.path / PLAN, planned)
-            self.expected = planned.expected
-            self.observer.expected_rows(round(simulated.scale * int(simulated.log.columns["rows"].sum())))
+            self.observer.expected_rows(planned.rows)
             attempts = recovered.attempts_of(prepared.answers.line_numbers)
             steps, padded, stopped = self._run_model(prepared, scheduler, engine, sink, attempts)
         if self.limit_reached is not None:
@@ -502,7 +506,11 @@ class Run:
                 for name in (RESULTS, ERRORS):
                     sort_results(self.run_dir.path / name)
         write_report(self.run_dir.path / REPORT, report)
-        write_text_atomic(self.run_dir.path / PAGE, render_page(report, steps.columns))
+        starts: list[StartSummary] = []
+        if done:
+            with suppress(RunDirError):  # a log that is not sound costs this table alone
+                starts = [sum_up(log) for log in read_step_logs(self.run_dir.path / STEPS)]
+        write_text_atomic(self.run_dir.path / PAGE, render_page(report, steps.columns, self.planned, starts))
         return report, stopped
 
     def _run_model(
@@ -528,6 +536,7 @@ class Run:
             nonlocal newly_finished
             text, by_text = texts.text(finished)
             reason = FinishReason.STOP if by_text else finished.reason
+            timeline.finished(finished)
             prompt_tokens = requests.tokens.span(finished.request).length
             kept = logprobs.take(finished.request, finished.token_ids.size - finished.ended)
             answers = lines.add(finished, prompt_tokens, text, reason, kept)
@@ -540,12 +549,13 @@ class Run:
             self.observer.step(step.num_rows, output.token_ids.size, newly_finished)
             newly_finished = 0
             sink.poll()
+            timeline.step(step)
             if clock is not None:
                 for request in clock.late(step, scheduler.requests_in_steps()):
                     scheduler.drop([request])
                     fail(request, TIMED_OUT, f"it took longer than {clock.limit:g} s (--request-timeout)", 1)
             if step_writer is not None:
-                step_writer.write(step, output.seconds)
+                step_writer.write(step, log[-1])
 
         def fail(request: int, code: str, message: str, attempts: int) -> None:
             logprobs.forget(request)
@@ -555,6 +565,7 @@ class Run:
         def on_quarantined(request: int, attempts: int, cause: str) -> None:
             fail(request, QUARANTINED, f"left out after {attempts} attempts: {cause}", attempts)
 
+        log, timeline = StepLog(), Timeline(len(requests))
         timeout = self.config.limits.request_timeout
         clock = RequestClock(len(requests), parse_duration(timeout)) if timeout is not None else None
         self.recovery = Recovery(scheduler, on_quarantined)
@@ -572,8 +583,10 @@ class Run:
                 watch=texts.watch,
                 should_stop=lambda: self.observer.should_stop() or self._limit_reached(),
                 recovery=self.recovery,
+                log=log,
             )
         self.seconds["execute"] = time.perf_counter() - began
+        self.slowest = timeline.slowest(requests, log.columns)
         return end.log, end.padded_rows, end.stopped
 
     def _start_engine(self) -> Engine | RemoteEngine:
@@ -647,8 +660,12 @@ class Run:
                 execute=execute,
             ),
             throughput=Throughput(rate(answered), rate(self.answered_prompt_tokens), rate(counters.sampled)),
-            expected=self.expected,
+            expected=self.planned.expected if self.planned is not None else None,
+            step_seconds=(
+                step_seconds(steps.columns, execute, plan.options.step_tokens) if execute is not None else None
+            ),
             steps=len(steps),
+            rows=int(steps.columns["rows"].sum()),
             kv=KvUse(plan.budget.page_size, plan.budget.pages, scheduler.pool.peak_used),
             idle_rows=counters.idle_rows,
             padded_rows=padded_rows,
@@ -660,6 +677,7 @@ class Run:
             errors=dict(self.error_codes),
             warnings=tuple(warnings),
             groups=summaries(plan.groups),
+            slowest=self.slowest,
             schedule_order=plan.options.schedule_order,
             model=self.subject.name,
             device=self.subject.device,

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from batchrun.config import COMPLETIONS_MAX_TOKENS, RunConfig
 from batchrun.execution.loop import run_loop
 from batchrun.execution.simulate import SimulatedWorker
+from batchrun.execution.timeline import Timeline
 from batchrun.formats.job import JobLint
 from batchrun.formats.plan import PlanFile
 from batchrun.intake import Intake, read_requests
@@ -35,7 +36,6 @@ from batchrun.report.records import (
 )
 from batchrun.request import Answers, JobLine, LineFault, Requests
 from batchrun.schedule.scheduler import Scheduler
-from batchrun.schedule.step import Step, StepOutput
 from batchrun.specs import DeviceSpec
 from batchrun.subject import Fingerprint, Subject
 from batchrun.tokenizer import Tokenizer, load_tokenizer
@@ -247,16 +247,11 @@ def simulate(prepared: Prepared, most: int = SIMULATED) -> Simulated:
         work += done
         return cost.seconds(done)
 
-    first, last = (np.full(len(prepared.requests), -1, dtype=np.int32) for _ in range(2))
-
-    def on_step(step: Step, output: StepOutput) -> None:
-        requests = step.request[step.request >= 0]
-        first[requests[first[requests] < 0]] = step.index
-        last[requests] = step.index
-
+    timeline = Timeline(len(prepared.requests))
     scheduler = Scheduler(plan, prepared.requests)
-    end = run_loop(scheduler, SimulatedWorker(plan.expected_new_tokens, price), on_step=on_step)
-    return Simulated(end.log, scheduler, work, len(prepared.requests), 1.0, first, last)
+    worker = SimulatedWorker(plan.expected_new_tokens, price)
+    end = run_loop(scheduler, worker, on_step=lambda step, output: timeline.step(step))
+    return Simulated(end.log, scheduler, work, len(prepared.requests), 1.0, timeline.first, timeline.last)
 
 
 def _part(prepared: Prepared, most: int) -> tuple[Prepared, npt.NDArray[np.int64]]:
@@ -336,6 +331,7 @@ def plan_file(
         schedule_order=planned.options.schedule_order,
         grouping=planned.options.grouping,
         steps=round(scale * len(simulated.log)),
+        rows=round(scale * int(simulated.log.columns["rows"].sum())),
         step_tokens=planned.options.step_tokens,
         kv=KvUse(planned.budget.page_size, planned.budget.pages, simulated.scheduler.pool.peak_used),
         expected=estimate(prepared, simulated),
@@ -358,6 +354,7 @@ def estimate(prepared: Prepared, simulated: Simulated) -> Estimate:
         high=high,
         bound_compute=scale * bound.compute,
         bound_memory=scale * bound.memory,
+        bound_weights=scale * cost.bound(Work(steps=simulated.work.steps)).memory,
         device=cost.device.name,
         hardware=cost.device.hardware,
         calibrated=cost.fitted,

@@ -20,13 +20,13 @@ from pydantic import BaseModel
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from batchrun import check, config, status
+from batchrun import check, config, diff, review, status
 from batchrun.cli import app
 from batchrun.errors import ExitCode
 from batchrun.formats import job, plan, results, rundir, watch
 from batchrun.planning.order import ORDERS
 from batchrun.prefix.groups import GROUPINGS
-from batchrun.report import records
+from batchrun.report import limit, records
 from batchrun.request import Endpoint, FinishReason, LineFault, Result, Usage
 from batchrun.schedule.step import Step
 
@@ -54,7 +54,7 @@ EXIT_CODES = {
     ExitCode.OK: "all requests succeeded",
     ExitCode.INTERNAL: "internal failure",
     ExitCode.USAGE: "a flag, a setting or an input is wrong, or the model is missing or refused",
-    ExitCode.SOME_FAILED: "finished, and some lines failed, bad lines included",
+    ExitCode.SOME_FAILED: "finished, and some lines failed, bad lines included; `diff`: some lines differ",
     ExitCode.NOTHING_RUNNABLE: "nothing ran: an empty job, every line bad, or a bad line under `--strict`",
     ExitCode.OUTPUT: "output cannot be written (disk full, permissions); the same command goes on",
     ExitCode.STOPPED: "stopped early; the same command goes on",
@@ -294,7 +294,7 @@ UNRUN_CODES = {
 }
 
 
-STEPS = """One line for each forward pass, in columns. All but `seconds` follows from the plan and from which
+STEPS = """One line for each forward pass, in columns. All but `record` follows from the plan and from which
 answers ended when. After a resume `index` counts from 0 again.
 
 - `chunks`: some tokens of one sequence each, in the order of the step's rows; their columns are below.
@@ -302,6 +302,7 @@ answers ended when. After a resume `index` counts from 0 again.
   prefix; `position` is where those begin in the prompt, and `level` how many shared prefixes lie above it.
 - `releases`: sequences whose pages return to the pool, before anything else of the step.
 - `grants`: which `page` is then given to which `sequence`.
+- `record`: how the step ran, below.
 """
 
 
@@ -330,12 +331,23 @@ def _formats() -> str:
             records.Estimate,
             records.OrderTried,
         ),
-        *_document("report.json", records.Report, records.Seconds, records.Throughput, records.Warned),
+        *_document(
+            "report.json",
+            records.Report,
+            records.Seconds,
+            records.StepSeconds,
+            records.Throughput,
+            records.Warned,
+            records.SlowRequest,
+        ),
         "## steps.jsonl",
         STEPS,
         _columns(Step, ("sequence", "request", "start", "length", "samples")),
+        *_document("Record of a step", records.StepRecord),
         *_document("batchrun check --json", check.Checked, LineFault, check.Lengths),
         *_document("batchrun status --json", status.RunProgress, watch.Holder),
+        *_document("batchrun report --json", review.Review, limit.Limit, records.StartSummary),
+        *_document("batchrun diff --json", diff.RunDiff, diff.DiffSide, diff.Difference),
     )
 
 

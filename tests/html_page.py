@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import json
+import re
 from html.parser import HTMLParser
+from typing import Any
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 HOSTILE = "</td></table><script>alert(1)</script>\x1b[31m\x00\ud800\u202e\"' onload=x & $outcome [red]"
@@ -33,7 +38,8 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        self.texts.append(data)
+        if self.open[-1:] not in (["script"], ["style"]):
+            self.texts.append(data)
 
     @property
     def text(self) -> str:
@@ -41,3 +47,31 @@ class Page(HTMLParser):
 
     def all(self, tag: str, kind: str | None = None) -> list[dict[str, str | None]]:
         return [attrs for name, attrs in self.tags if name == tag and kind in (None, attrs.get("class"))]
+
+
+def without_scripts(html: str) -> str:
+    """A page without uPlot, its style and its licence, and without what it draws."""
+    html = re.sub(r"<script\b.*?</script>", "", html, flags=re.DOTALL)
+    return re.sub(r"<!--.*?-->", "", html, flags=re.DOTALL)
+
+
+def assert_self_contained(html: str, scripts: list[str]) -> None:
+    """Nothing comes from elsewhere, and nothing but `scripts` may run: each has its hash in the page's policy."""
+    assert html.startswith("<!doctype html>")
+    assert not re.search(r"https?:|url\(|@import|\bnan\b|\binf\b", without_scripts(html))
+    page = Page(html)
+    for tag, attrs in page.tags:
+        assert tag not in ("link", "img", "iframe", "object", "base")
+        assert not [name for name in attrs if name.startswith("on") or name in ("src", "href")]
+    assert re.findall(r"<script>(.*?)</script>", html, re.DOTALL) == scripts
+    digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
+    policies = [attrs["content"] for attrs in page.all("meta") if "http-equiv" in attrs]
+    assert policies == [f"default-src 'none'; style-src 'unsafe-inline'; script-src {allowed}"]
+    assert "prefers-color-scheme: dark" in html
+
+
+def course_of(html: str) -> dict[str, Any]:
+    """What the charts of a page draw."""
+    [data] = re.findall(r'<script type="application/json" id="course">(.*?)</script>', html)
+    return json.loads(data)

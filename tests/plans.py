@@ -12,11 +12,26 @@ from batchrun.formats.plan import PlanFile
 from batchrun.pipeline import Planned
 from batchrun.prefix.doctor import Diagnosis, Finding
 from batchrun.prefix.explain import ExplainedRequest, Explanation, PrefixRead, SharedRun, SharedRuns
-from batchrun.report.records import Estimate, GroupSummary, KvUse, OrderTried, StepLog, StepRecord, TokenCounts, Warned
+from batchrun.report.records import (
+    Estimate,
+    GroupSummary,
+    KvUse,
+    OrderTried,
+    Report,
+    RequestCounts,
+    Seconds,
+    SlowRequest,
+    StepLog,
+    StepRecord,
+    StepSeconds,
+    Throughput,
+    TokenCounts,
+    Warned,
+)
 from batchrun.request import LineFault
 
 TOKENS = TokenCounts(prompt_logical=251_904, prompt_physical=31_220, prompt_computed=31_500, output=7_680)
-ESTIMATE = Estimate(10.0, 8.0, 12.5, 6.0, 2.5, "cpu", "a processor", True, 480)
+ESTIMATE = Estimate(10.0, 8.0, 12.5, 6.0, 2.5, 1.5, "cpu", "a processor", True, 480)
 
 
 def some_steps(count: int, pages: int = 3000, seconds: float = 0.5) -> npt.NDArray[np.void]:
@@ -25,6 +40,38 @@ def some_steps(count: int, pages: int = 3000, seconds: float = 0.5) -> npt.NDArr
         prefill, decode = 200 + index % 7, index % 60
         log.append(StepRecord(index, prefill + decode, decode, prefill, decode, pages + index % 100, seconds))
     return log.columns
+
+
+def a_report(**changes: Any) -> Report:
+    report = Report(
+        request_counts=RequestCounts(480, 478, 2, 0),
+        tokens=TOKENS,
+        saving=TOKENS.saving,
+        seconds=Seconds(total=250.0, load=10.0, tokenize=5.0, plan=5.0, execute=225.0),
+        throughput=Throughput(1.94, 1019.3, 31.07),
+        expected=None,
+        step_seconds=StepSeconds(prefill=20.0, mixed=100.0, decode=60.0, tail=15.0, host=30.0, held_back=40.0),
+        steps=300,
+        rows=5000,
+        kv=KvUse(page_size=16, pages=4096, peak_pages=3120),
+        idle_rows=5,
+        padded_rows=12,
+        preemptions=3,
+        memory_retries=2,
+        worker_restarts=4,
+        prefix_evictions=1,
+        finish_reasons={"stop": 470, "length": 8},
+        errors={"empty_prompt": 1, "context_length_exceeded": 1},
+        warnings=(Warned("max_tokens_default", 3, "they have no max_tokens"),),
+        groups=tuple(GroupSummary(number, 512 - number, 60) for number in range(14)),
+        slowest=(SlowRequest("slow-one", 17, 900, 64, 3, 250, 123.0), SlowRequest("cut", 18, 9, None, 3, 4, 1.0)),
+        schedule_order="dfs",
+        model="demo",
+        device="cpu",
+        dtype="float32",
+        environment={"python": "3.11", "cpus": 2, "triton": None, "gpus": [{"name": "H"}]},
+    )
+    return replace(report, **changes)
 
 
 def shared_run(node: int, parent: int = -1, *, spared: int = 1000, text: str = "You answer questions") -> SharedRun:
@@ -41,6 +88,7 @@ def a_plan(**changes: Any) -> PlanFile:
         schedule_order="dfs",
         grouping="tree",
         steps=1204,
+        rows=5000,
         step_tokens=256,
         kv=KvUse(page_size=16, pages=4096, peak_pages=3120),
         expected=ESTIMATE,

@@ -78,19 +78,32 @@ MAY_IMPORT: dict[str, set[str]] = {
     "close": {"config", "devices", "errors", "formats", "origin", "pipeline", "report", "request"},
     "check": {"config", "errors", "formats", "intake", "prepare", "report.records", "request", "subject", "tokenizer"},
     "status": {"errors", "formats", "report.records"},
+    "review": {"errors", "formats", "report.limit", "report.records", "status"},
+    "diff": {"errors", "formats", "models", "report.records", "tokenizer"},
     "cli": {"errors"},
 }
 # What may be imported besides inside functions (to keep the start light), and for type checking alone.
 LATER: dict[str, set[str]] = {
     "": {"pipeline"},  # batchrun/__init__.py
-    "cli": {"check", "close", "config", "formats.results", "formats.rundir", "pipeline", "report", "retry", "status"},
+    "cli": {
+        "check",
+        "close",
+        "config",
+        "diff",
+        "formats",
+        "pipeline",
+        "report",
+        "retry",
+        "review",
+        "status",
+    },
     "pipeline": {"engine"},
 }
 FOR_TYPES: dict[str, set[str]] = {
     "pipeline": {"engine"},
     "": {"pipeline"},
     "cli": {"pipeline"},
-    "report": {"check", "formats.plan", "pipeline", "prefix", "status"},
+    "report": {"check", "diff", "formats.plan", "pipeline", "prefix", "review", "status"},
 }
 
 # Who may use which library: when loaded, or only inside functions.

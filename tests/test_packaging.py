@@ -53,8 +53,9 @@ def test_every_shipped_file_is_a_module_or_matches_a_pattern_of_package_data(fol
     for file in shipped(folder):
         if file.suffix == ".py":
             continue
-        package = package_of.get(folder) or ".".join(file.parent.parts)
-        inside = file.relative_to(folder) if folder in package_of else PurePosixPath(file.name)
+        inner = next((place for place in file.parents if (ROOT / place / "__init__.py").exists()), file.parent)
+        package = package_of.get(folder) or ".".join(inner.parts)
+        inside = file.relative_to(folder) if folder in package_of else file.relative_to(inner)
         patterns = SETUPTOOLS["package-data"].get(package, [])
         if not any(inside.match(pattern.removeprefix("**/")) for pattern in patterns):
             missed.append(str(file))

@@ -644,8 +644,8 @@ def test_the_planned_steps_are_the_steps_that_run(order, pages, exact_job, model
     planned = planned_steps(exact_job, config)
     outcome = run_job(str(exact_job), config)
     executed = list(read_steps(tmp_path / "out.run" / "steps.jsonl"))
-    assert all(step.pop("seconds") is not None for step in executed)
-    assert all(step.pop("seconds") is None for step in planned)
+    assert all(step.pop("record") is not None for step in executed)
+    assert all(step.pop("record") is None for step in planned)
     assert executed == planned
     said = plan_job(str(exact_job), config).plan
     assert (said.steps, said.kv, said.tokens) == (len(executed), outcome.report.kv, outcome.report.tokens)

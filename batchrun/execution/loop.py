@@ -41,6 +41,7 @@ def run_loop(
     watch: Watch | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     recovery: Recovery | None = None,
+    log: StepLog | None = None,
 ) -> LoopEnd:
     """Run steps until every request has its answer, or `should_stop` says so between two steps; with a scheduler of
     depth 2, a step is made and submitted while the device computes the one before it.
@@ -51,20 +52,21 @@ def run_loop(
         on_step: called after each step and its answers.
         watch: says which answers a stop string ends.
         recovery: what to do when the worker is lost; None: nothing.
+        log: where records of steps go, each before its `on_step`; a new one if None.
 
     Raises:
         WorkerLost: the worker was lost, and there is no `recovery`, or it could not be started again.
         BatchrunError: as `Recovery.crashed`.
     """
-    log = StepLog()
+    log = StepLog() if log is None else log
     padded = 0
-    in_flight: deque[tuple[Step, int]] = deque()
+    in_flight: deque[tuple[Step, int, int, int]] = deque()
     while True:
         stopping = should_stop()
         began, waited = perf_counter(), 0.0
         try:
             while not stopping and len(in_flight) < scheduler.depth and (step := scheduler.schedule()) is not None:
-                in_flight.append((step, scheduler.pool.num_used))
+                in_flight.append((step, scheduler.pool.num_used, scheduler.num_running, scheduler.num_waiting))
                 submitted = perf_counter()
                 worker.submit(step)
                 waited += perf_counter() - submitted
@@ -82,7 +84,7 @@ def run_loop(
             recovery.crashed(str(lost), killed=lost.killed)
             worker.restart()
             continue
-        step, pages_used = in_flight.popleft()
+        step, pages_used, running, waiting = in_flight.popleft()
         on_output(step, output)
         finished = scheduler.update(step, output, watch)
         decodes = int(((step.num_sampled > 0) & step.samples & (step.length == 1)).sum())
@@ -97,6 +99,8 @@ def run_loop(
                 pages_used=pages_used,
                 seconds=output.seconds,
                 host_seconds=perf_counter() - began - waited,
+                running=running,
+                waiting=waiting,
             )
         )
         for answer in finished:

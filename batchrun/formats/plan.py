@@ -8,6 +8,8 @@ from pathlib import Path
 from batchrun.formats.rundir import document, read_document, write_json_atomic
 from batchrun.report.records import Estimate, GroupSummary, KvUse, OrderTried, TokenCounts
 
+PLAN = "plan.json"
+
 
 @dataclass(frozen=True, slots=True)
 class PlanFile:
@@ -20,6 +22,7 @@ class PlanFile:
         groups: the largest prefix-sharing groups, largest first (`largest_groups`).
         schedule_order, grouping: names of the policies.
         steps: steps until the end.
+        rows: tokens that they compute.
         step_tokens: rows a step is filled up to.
         kv: KV memory.
         expected: how long it takes, and the bound.
@@ -36,6 +39,7 @@ class PlanFile:
     schedule_order: str
     grouping: str
     steps: int
+    rows: int
     step_tokens: int
     kv: KvUse
     expected: Estimate

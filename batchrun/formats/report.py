@@ -13,8 +13,10 @@ import orjson
 from batchrun.errors import RunDirError
 from batchrun.formats.results import encode_json
 from batchrun.formats.rundir import cut_torn_tail, document, output_errors, read_document, write_json_atomic
-from batchrun.report.records import Report
+from batchrun.report.records import Report, StepLog, StepRecord
 from batchrun.schedule.step import Step
+
+REPORT, STEPS = "report.json", "steps.jsonl"
 
 
 def write_report(path: Path, report: Report) -> None:
@@ -35,10 +37,20 @@ def read_report(path: Path) -> Report:
     return read_document(path, Report)
 
 
-def encode_step(step: Step, seconds: float | None = None) -> bytes:
+def read_latest(run_dir: Path) -> Report | None:
+    """The report in a run directory; None where there is none.
+
+    Raises:
+        RunDirError: it is not sound.
+    """
+    return read_report(run_dir / REPORT) if (run_dir / REPORT).is_file() else None
+
+
+def encode_step(step: Step, record: StepRecord | None = None) -> bytes:
     """The line of `steps.jsonl` for a step: columns, as in `batchrun.schedule.step`; `samples` as 0 and 1.
 
-    All but `seconds` is the schedule's alone: a planned step and the same step as it ran differ in nothing else.
+    All but `record`, what was counted and measured, is the schedule's alone: a planned step and the same step as it ran
+    differ in nothing else.
     """
     reads = step.prefix_reads
     return encode_json(
@@ -61,7 +73,7 @@ def encode_step(step: Step, seconds: float | None = None) -> bytes:
             },
             "releases": step.releases,
             "grants": {"sequence": step.grant_sequence, "page": step.grant_page},
-            "seconds": seconds,
+            "record": record,
         }
     )
 
@@ -80,10 +92,10 @@ class StepWriter:
         with output_errors(path):
             self._file = path.open("ab", buffering=1 << 20)
 
-    def write(self, step: Step, seconds: float | None = None) -> None:
-        """Append one step; `seconds` is its time on the device, where it ran."""
+    def write(self, step: Step, record: StepRecord | None = None) -> None:
+        """Append one step; `record` says how it ran."""
         with output_errors(self._path):
-            self._file.write(encode_step(step, seconds))
+            self._file.write(encode_step(step, record))
 
     def close(self) -> None:
         """Bring everything to the file and close it."""
@@ -117,3 +129,28 @@ def read_steps(path: Path) -> Iterator[dict[str, Any]]:
                     hint="The results do not depend on it: remove the file to go on without a log of the steps.",
                     code="run_dir_unsound",
                 ) from error
+
+
+def read_step_logs(path: Path) -> list[StepLog]:
+    """The records of the steps of a log: those of each start of the run, the first start first; none where there is
+    no log.
+
+    Raises:
+        RunDirError: a line before the last is not sound.
+    """
+    logs: list[StepLog] = []
+    if not path.exists():
+        return logs
+    for number, step in enumerate(read_steps(path), start=1):
+        try:
+            record = StepRecord(**step["record"])
+            if not logs or record.index <= logs[-1][-1].index:
+                logs.append(StepLog())
+            logs[-1].append(record)
+        except (KeyError, TypeError, ValueError) as error:
+            raise RunDirError(
+                f"{path}: line {number} has no sound record: {error}",
+                hint="The results do not depend on it: remove the file to have a report without a log of the steps.",
+                code="run_dir_unsound",
+            ) from error
+    return logs

@@ -207,6 +207,43 @@ def read_ending(raw: bytes) -> Ending:
         raise ValueError("not a result line: it lacks choices or usage") from error
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Told:
+    """What a result or error line says of its line of the job.
+
+    Attributes:
+        custom_id, line: of the job's line.
+        texts, finish_reasons: of its choices, in their order; none for an error.
+        error: the error's code; None for a result.
+    """
+
+    custom_id: str
+    line: int
+    texts: tuple[str, ...]
+    finish_reasons: tuple[str, ...]
+    error: str | None
+
+
+def read_told(raw: bytes) -> Told:
+    """Read a result or error line.
+
+    Raises:
+        ValueError: `raw` is not a whole line that this module wrote.
+    """
+    line, code = read_line_number(raw)
+    entry = orjson.loads(raw)
+    try:
+        choices = entry["response"]["body"]["choices"] if code is None else []
+        texts = tuple(choice["message"]["content"] if "message" in choice else choice["text"] for choice in choices)
+        reasons = tuple(choice["finish_reason"] for choice in choices)
+        custom_id = entry["custom_id"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"not a result line: {error!r}") from error
+    if not all(isinstance(part, str) for part in (custom_id, *texts, *reasons)):
+        raise ValueError("not a result line: a text is no text")
+    return Told(custom_id, line, texts, reasons, code)
+
+
 def read_created(raw: bytes) -> int:
     """When the line of the job that a result line answers was finished, in seconds of Unix time.
 

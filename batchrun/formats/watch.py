@@ -7,12 +7,14 @@ import os
 import socket
 from bisect import bisect_left
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from batchrun.formats.results import read_created, read_line_number
+from batchrun.errors import RunDirError
+from batchrun.formats.results import Told, read_created, read_line_number, read_told
 from batchrun.formats.rundir import LOCK
 
 _BLOCK = 1 << 20
@@ -72,6 +74,38 @@ def count_lines(path: Path, start: int = 0) -> int:
             return sum(block.count(b"\n") for block in iter(lambda: file.read(_BLOCK), b""))
     except FileNotFoundError:
         return 0
+
+
+def told_lines(path: Path) -> Iterator[tuple[int, int, Told]]:
+    """Offset and length of each whole line of `results.jsonl` or `errors.jsonl`, and what it says; none where there is
+    no file.
+
+    Raises:
+        RunDirError: a line is not sound.
+    """
+    offset = 0
+    with suppress(FileNotFoundError), path.open("rb") as file:
+        for raw in file:
+            if not raw.endswith(b"\n"):
+                return  # it is being written, or torn
+            yield offset, len(raw), told(raw, path, offset)
+            offset += len(raw)
+
+
+def told(raw: bytes, path: Path, offset: int) -> Told:
+    """What the line of `path` at the byte `offset` says.
+
+    Raises:
+        RunDirError: it is not sound.
+    """
+    try:
+        return read_told(raw)
+    except ValueError as error:
+        raise RunDirError(
+            f"{path}: the line at byte {offset} is not sound: {error}",
+            hint="The file was changed by hand, or by another program: repair it.",
+            code="run_dir_unsound",
+        ) from error
 
 
 def count_error_codes(path: Path) -> dict[str, int]:

@@ -7,31 +7,26 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import math
 from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.resources import files
 from string import Template
 
-import numpy as np
-import numpy.typing as npt
-
-from batchrun.report.records import KvUse, TokenCounts, Warned
-from batchrun.report.wording import duration, percent, printable, rate
+from batchrun.report.records import TokenCounts, Warned
+from batchrun.report.wording import percent, printable
 
 ROWS_OPEN = 8  # of a table, at most; the others unfold
 
-# A chart in units of its view box.
-_WIDTH, _HEIGHT = 960, 200
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 8, 12, 22
-_ROOM, _FLOOR = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _BOTTOM
-_WIDEST_COLUMN = 40.0
-
-Float = npt.NDArray[np.float64]
-
 
 def render(
-    *, title: str, tone: str, subject: str, tiles: Iterable[str], sections: Iterable[str], script: str | None = None
+    *,
+    title: str,
+    tone: str,
+    subject: str,
+    tiles: Sequence[str],
+    sections: Iterable[str],
+    head: str = "",
+    scripts: Sequence[str] = (),
 ) -> str:
     """A page.
 
@@ -40,19 +35,21 @@ def render(
         tone: `good`, `warn` or `bad`: the colour of the heading.
         subject: a line below it, as plain text.
         tiles, sections: HTML.
-        script: name of a file of this package: the one script that the page may run.
+        head: HTML that goes into the head.
+        scripts: all that the page may run.
     """
-    folder = files("batchrun.report")
-    code = (folder / script).read_text("utf-8") if script else ""
-    digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
-    return Template((folder / "page.html").read_text("utf-8")).substitute(
+    digests = [base64.b64encode(hashlib.sha256(code.encode()).digest()).decode() for code in scripts]
+    allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
+    return Template((files("batchrun.report") / "page.html").read_text("utf-8")).substitute(
         title=text(title),
         tone=tone,
         subject=text(subject),
+        columns=5 if len(tiles) % 5 == 0 else 4,
         tiles="\n".join(tiles),
         sections="\n".join(sections),
-        policy="default-src 'none'; style-src 'unsafe-inline'" + (f"; script-src 'sha256-{digest}'" if script else ""),
-        script=f"<script>{code}</script>\n" if script else "",
+        head=head,
+        policy="default-src 'none'; style-src 'unsafe-inline'" + (f"; script-src {allowed}" if scripts else ""),
+        scripts="".join(f"<script>{code}</script>\n" for code in scripts),
     )
 
 
@@ -136,151 +133,3 @@ def legend(entries: Iterable[tuple[str, str]]) -> str:
 def note(words: str) -> str:
     """A remark, given as plain text."""
     return f'\n<p class="note">{text(words)}</p>' if words else ""
-
-
-# --- charts ---
-
-
-def step_charts(
-    steps: npt.NDArray[np.void], kv: KvUse, columns: int, *, over_time: bool = False, remark: str = ""
-) -> Iterable[str]:
-    """Rows and KV pages of each step.
-
-    Args:
-        steps: as in `StepLog.columns`.
-        kv: the pool.
-        columns: that are drawn at most; of more steps some are drawn as one.
-        over_time: whether columns are as wide as their steps take time; such charts can be zoomed.
-        remark: what else is said below them.
-    """
-    if not steps.size:
-        yield section("Steps", note("No step was run."))
-        return
-    edges = np.linspace(0, steps.size, min(steps.size, columns) + 1).round().astype(np.int64)
-    first, count = edges[:-1], np.diff(edges)
-    prefill = np.add.reduceat(steps["prefill_rows"], first) / count
-    decode = np.add.reduceat(steps["decode_rows"], first) / count
-    pages = np.maximum.reduceat(steps["pages_used"], first).astype(np.float64)
-    spans = [
-        f"step {start:,}" if start + 1 == end else f"steps {start:,} to {end - 1:,}"
-        for start, end in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)
-    ]
-    place, unit = edges.astype(np.float64), "step"
-    if over_time and float(steps["seconds"].sum()) > 0:
-        seconds = np.concatenate(([0.0], np.cumsum(steps["seconds"])))[edges]
-        spans = [
-            f"{span}, {duration(begin)} to {duration(end)}"
-            for span, begin, end in zip(spans, seconds[:-1].tolist(), seconds[1:].tolist(), strict=True)
-        ]
-        unit, length = next(
-            (unit, length)
-            for unit, length in (("h", 3600.0), ("min", 60.0), ("s", 1.0), ("ms", 0.001))
-            if seconds[-1] >= 3 * length or unit == "ms"
-        )
-        place = seconds / length
-    merged = steps.size > columns
-
-    each = ", a mean" if merged else ""
-    colours = [
-        ("orange", f"decode: {steps['decode_rows'].sum():,}"),
-        ("blue", f"prefill: {steps['prefill_rows'].sum():,}"),
-    ]
-    titles = [
-        f"{span}: {rate(p)} prefill, {rate(d)} decode{each}"
-        for span, p, d in zip(spans, prefill.tolist(), decode.tolist(), strict=True)
-    ]
-    words = f"Each column is the mean of {count.min():,} to {count.max():,} steps. " if merged else ""
-    layers = [(decode, "orange"), (prefill, "blue")]
-    drawn = _chart(place, unit, layers, titles, "Prefill and decode rows of each step", zoom=over_time)
-    yield section("Rows of each step", f"{drawn}\n{legend(colours)}{note((words + remark).strip())}")
-
-    # A pool far above the peak would press the curve flat: then the scale is that of the peak.
-    shown = kv.pages <= 6 * pages.max()
-    titles = [f"{span}: {int(used):,} pages" for span, used in zip(spans, pages.tolist(), strict=True)]
-    limit = kv.pages if shown else None
-    drawn = _chart(place, unit, [(pages, "teal")], titles, "KV pages used in each step", limit=limit, zoom=over_time)
-    words = "dashed: the pool" if shown else "the pool is far above this scale"
-    share = f", {percent(kv.peak_pages / kv.pages)}" if kv.pages else ""
-    words = f"Peak {kv.peak_pages:,} of {kv.pages:,} pages{share}; {words}. {remark}".strip()
-    yield section("KV pages used", drawn + note(words))
-
-
-def _chart(
-    edges: Float,
-    unit: str,
-    layers: Sequence[tuple[Float, str]],
-    titles: Sequence[str],
-    label: str,
-    *,
-    limit: int | None = None,
-    zoom: bool = False,
-) -> str:
-    """Columns, the layers one on the other.
-
-    Args:
-        edges: float64 `[columns + 1]`, where the columns begin, and the end.
-        unit: what these count.
-        layers: heights, float64 `[columns]`, and colour of each, the lowest first.
-        titles: what is said of each column under the pointer.
-        label: what the chart shows, for readers who cannot see it.
-        limit: where to draw a dashed line.
-        zoom: whether it is one that a script zooms.
-    """
-    highest = float(np.sum([heights for heights, _ in layers], axis=0).max())
-    ticks = _ticks(max(highest, limit or 0, 1))
-    top = max(ticks[-1], highest, limit or 0)
-    widest = _WIDEST_COLUMN if unit == "step" else np.inf
-    x = _LEFT + edges * min(_ROOM / edges[-1], widest)
-
-    def y(value: float) -> float:
-        return _FLOOR - (_FLOOR - _TOP) * value / top
-
-    def across(kind: str, value: float) -> str:
-        return f'<line class="{kind}" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>'
-
-    kind = ' class="zoom"' if zoom else ""
-    parts = [f'<svg{kind} viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}">']
-    for tick in ticks:
-        parts.append(across("grid", tick))
-        parts.append(f'<text x="{_LEFT - 8}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:,}</text>')
-    # Zooming stretches what is inside, and nothing else.
-    parts.append(
-        f'<svg class="plot" x="{_LEFT}" y="0" width="{_ROOM}" height="{_HEIGHT}" '
-        f'viewBox="{_LEFT} 0 {_ROOM} {_HEIGHT}" preserveAspectRatio="none">'
-    )
-    low = np.zeros(edges.size - 1)
-    for heights, colour in layers:
-        parts.append(f'<path class="{colour}" d="{_outline(x, _FLOOR, (_FLOOR - _TOP) / top, low, low + heights)}"/>')
-        low = low + heights
-    for left, right, title in zip(x[:-1].tolist(), x[1:].tolist(), titles, strict=True):
-        parts.append(
-            f'<rect class="hit" x="{left:.2f}" y="{_TOP}" width="{right - left:.2f}" height="{_FLOOR - _TOP}">'
-            f"<title>{title}</title></rect>"
-        )
-    parts.append("</svg>")
-    if limit is not None:
-        parts.append(across("limit", limit))
-    parts.append(f'<g class="ticks" data-span="{edges[-1] * _ROOM / (x[-1] - _LEFT):.6g}">')
-    for tick in _ticks(edges[-1]):
-        place = _LEFT + tick * (x[-1] - _LEFT) / edges[-1]
-        if tick < edges[-1] and place < _WIDTH - 100:
-            parts.append(f'<text x="{place:.1f}" y="{_FLOOR + 15}">{tick:,}</text>')
-    parts.append(f'</g><text x="{_WIDTH - _RIGHT}" y="{_FLOOR + 15}" text-anchor="end">{unit}</text>')
-    parts.append("</svg>")
-    return "\n".join(parts)
-
-
-def _outline(x: Float, floor: float, scale: float, low: Float, high: Float) -> str:
-    """The path around columns that stand between `low` and `high`: along their tops, back along their feet."""
-    corners = np.repeat(x, 2)[1:-1]
-    over = zip(corners.tolist(), np.repeat(floor - scale * high, 2).tolist(), strict=True)
-    under = zip(corners[::-1].tolist(), np.repeat(floor - scale * low, 2)[::-1].tolist(), strict=True)
-    return "M" + "L".join(f"{px:.1f} {py:.1f}" for px, py in [*over, *under]) + "Z"
-
-
-def _ticks(highest: float) -> list[int]:
-    """From 0 up to `highest`: three to six round whole numbers, fewer where there are not so many."""
-    rough = highest / 5
-    power = 10 ** max(math.floor(math.log10(rough)), 0) if rough > 1 else 1
-    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough)
-    return list(range(0, int(highest) + 1, step))

@@ -1,61 +1,106 @@
-"""The report of a run as one HTML page, which runs no script."""
+"""The report of a run as one HTML page."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from batchrun.report.charts import head, scripts, step_charts
+from batchrun.report.limit import what_limited
 from batchrun.report.markup import (
     legend,
     note,
     pairs,
     render,
     section,
-    step_charts,
     table,
     text,
     tile,
     token_bars,
     warnings,
 )
-from batchrun.report.records import GroupSummary, Report, Seconds
-from batchrun.report.wording import as_expected, duration, outcome, percent, plural, rate, stages
+from batchrun.report.records import GroupSummary, Report, SlowRequest, StartSummary
+from batchrun.report.wording import (
+    KIND_NAMES,
+    duration,
+    outcome,
+    percent,
+    planned_and_measured,
+    plural,
+    rate,
+    start_rows,
+    times,
+    unmeasured,
+)
 
-COLUMNS = 600  # of a chart, at most
+if TYPE_CHECKING:
+    from batchrun.formats.plan import PlanFile
 
-_STAGE_COLOURS = {"load": "violet", "tokenize": "teal", "plan": "orange", "execute": "blue", "other": "grey"}
+_COLOURS = {
+    "load": "violet",
+    "tokenize": "pink",
+    "plan": "brown",
+    "execute": "blue",
+    "prefill": "blue",
+    "mixed": "teal",
+    "decode": "orange",
+    "tail": "yellow",
+    "host": "red",
+    "other": "grey",
+}
 
 
-def render_page(report: Report, steps: npt.NDArray[np.void]) -> str:
+def render_page(
+    report: Report,
+    steps: npt.NDArray[np.void],
+    plan: PlanFile | None = None,
+    starts: Sequence[StartSummary] = (),
+) -> str:
     """The HTML page of a run.
 
     Args:
         report: of the run.
         steps: its steps, `[steps]` as in `StepLog.columns`; may be empty.
+        plan: that it followed, if it is known.
+        starts: what the steps of each of its starts did; this one is the last of them.
     """
     counts = report.request_counts
+    limited = what_limited(report, plan)
     return render(
         title=outcome(counts),
         tone="bad" if counts.failed else "warn" if counts.remaining else "good",
         subject=f"{report.model} on {report.device} in {report.dtype}, {report.schedule_order} order",
-        tiles=_tiles(report),
+        tiles=list(_tiles(report)),
         sections=[
+            section("What limited the run", f"<p>{text(limited.words)}</p>") if limited is not None else "",
             warnings(report.warnings),
             _errors(report.errors),
+            _time(report),
+            _planned(report, plan),
+            _starts(starts),
+            *step_charts(steps, report.kv),
             token_bars(report.tokens, report.saving, "what was run, with what had to be computed again"),
-            _time(report.seconds),
-            *step_charts(steps, report.kv, COLUMNS),
-            _groups(report.groups),
+            _groups(report.groups, report.tokens.prompt_logical),
+            _slowest(report.slowest),
             _details(report),
+            section(
+                "Not measured", "<ul>" + "".join(f"<li>{text(words)}</li>" for words in unmeasured(report)) + "</ul>"
+            ),
         ],
+        head=head(),
+        scripts=scripts(),
     )
 
 
 def _tiles(report: Report) -> Iterable[str]:
-    tokens, total, throughput, kv = report.tokens, report.seconds.total, report.throughput, report.kv
+    counts, tokens, total = report.request_counts, report.tokens, report.seconds.total
+    throughput, kv, execute = report.throughput, report.kv, report.seconds.execute
+    share = report.expected.bound / execute if report.expected is not None and execute else None
+    yield tile(f"{counts.completed:,}", f"requests answered, of {counts.total:,}")
     yield tile(f"{tokens.prompt_logical:,}", "prompt tokens")
     yield tile(percent(report.saving), "of them saved by sharing")
     yield tile(f"{tokens.output:,}", "output tokens")
@@ -63,6 +108,9 @@ def _tiles(report: Report) -> Iterable[str]:
     yield tile(_known(throughput.requests_per_second), "requests/s")
     yield tile(_known(throughput.input_tokens_per_second), "input tokens/s")
     yield tile(_known(throughput.output_tokens_per_second), "output tokens/s")
+    yield tile(
+        "–" if share is None or counts.remaining else percent(share), "of the bound: the device's peaks for this plan"
+    )
     yield tile(f"{kv.peak_pages:,}", f"KV pages at peak, of {kv.pages:,}")
 
 
@@ -78,32 +126,86 @@ def _errors(errors: Mapping[str, int]) -> str:
     return section("Errors", counted + note("Each failed line, with its reason, is in errors.jsonl."))
 
 
-def _time(seconds: Seconds) -> str:
-    parts = stages(seconds)
-    spent = sum(part for _, part in parts)
-    if seconds.total is not None and seconds.total > spent:
-        parts.append(("other", seconds.total - spent))
+def _time(report: Report) -> str:
+    parts = times(report)
     whole = sum(part for _, part in parts)
     if not whole:
         return ""
-    stack = "".join(
-        f'<i class="{_STAGE_COLOURS[name]}" style="width:{100 * part / whole:.2f}%"></i>' for name, part in parts
-    )
-    colours = [(_STAGE_COLOURS[name], f"{name} {duration(part)} ({percent(part / whole)})") for name, part in parts]
-    return section(f"Time: {duration(whole)}", f'<div class="stack">{stack}</div>\n{legend(colours)}')
+    stack = "".join(f'<i class="{_COLOURS[name]}" style="width:{100 * part / whole:.2f}%"></i>' for name, part in parts)
+    colours = [
+        (_COLOURS[name], f"{KIND_NAMES.get(name, name)} {duration(part)} ({percent(part / whole)})")
+        for name, part in parts
+    ]
+    words = ""
+    if report.step_seconds is not None:
+        words = (
+            "Prefill to tail: steps by what they did. Tail: nothing waits any more, and less than half of the most "
+            f"requests are under way. In {duration(report.step_seconds.held_back)} of the steps requests waited for "
+            "KV pages."
+        )
+    return section(f"Time: {duration(whole)}", f'<div class="stack">{stack}</div>\n{legend(colours)}{note(words)}')
 
 
-def _groups(groups: Sequence[GroupSummary]) -> str:
+def _planned(report: Report, plan: PlanFile | None) -> str:
+    if plan is None or plan.expected != report.expected:
+        return ""
+    rows = [
+        (text(name), text(planned), text(measured)) for name, planned, measured in planned_and_measured(report, plan)
+    ]
+    shown = table(("name", "number", "number"), ("", "planned", "measured"), rows, len(rows))
+    stopped = "The plan is of all requests, and not all of them have run." if report.request_counts.remaining else ""
+    return section("Planned and measured", shown + note(stopped))
+
+
+def _starts(starts: Sequence[StartSummary]) -> str:
+    if len(starts) < 2:
+        return ""
+    head, rows = start_rows(starts)
+    words = note("As far as the starts have logged their steps. All else on this page is of the last one.")
+    return section(plural(len(starts), "start"), table(("name", *("number",) * 6), head, rows, len(rows)) + words)
+
+
+def _groups(groups: Sequence[GroupSummary], prompt_tokens: int) -> str:
     if not groups:
         return ""
     rows = [
-        (f"{group.id:,}", f"{group.prefix_tokens:,}", f"{group.requests:,}", f"{spared:,}", "")
+        (
+            f"{group.id:,}",
+            f"{group.prefix_tokens:,}",
+            f"{group.requests:,}",
+            f"{spared:,}",
+            percent(spared / max(prompt_tokens, 1)),
+        )
         for group in groups
         for spared in [group.prefix_tokens * (group.requests - 1)]
     ]
-    head = ("group", "prefix tokens", "requests", "tokens spared", "")
-    words = note("Where one group is part of another, what the two have in common counts for both.")
-    return section("Largest prefix-sharing groups", table(("number",) * 4 + ("",), head, rows) + words)
+    head = ("group", "prefix tokens", "requests", "tokens spared", "saved")
+    words = note(
+        "Saved: of all prompt tokens. Where one group is part of another, what they have in common counts twice."
+    )
+    return section("Largest prefix-sharing groups", table(("number",) * 5, head, rows) + words)
+
+
+def _slowest(slowest: Sequence[SlowRequest]) -> str:
+    if not slowest:
+        return ""
+    rows = [
+        (
+            duration(request.seconds),
+            text(request.custom_id),
+            f"{request.line:,}",
+            f"{request.prompt_tokens:,}",
+            "–" if request.output_tokens is None else f"{request.output_tokens:,}",
+            f"{request.first_step:,} to {request.last_step:,}",
+        )
+        for request in slowest
+    ]
+    head = ("time", "custom_id", "line", "prompt", "output", "steps")
+    shown = table(("number", "", "number", "number", "number", "number"), head, rows)
+    return section(
+        "Slowest requests",
+        shown + note("From the first step of each to its last, by the time of the steps; prompt and output in tokens."),
+    )
 
 
 def _details(report: Report) -> str:
@@ -112,11 +214,6 @@ def _details(report: Report) -> str:
         (
             "finish reasons",
             ", ".join(f"{name} {count:,}" for name, count in _most_first(report.finish_reasons)) or "–",
-        ),
-        *(
-            [("expected", as_expected(report.expected, report.seconds.execute))]
-            if report.expected is not None and report.seconds.execute is not None
-            else []
         ),
         ("KV memory", f"{plural(kv.pages, 'page')} of {plural(kv.page_size, 'token')}"),
         ("duplicates, not computed", f"{report.duplicates:,}"),

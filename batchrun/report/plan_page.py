@@ -7,7 +7,8 @@ from itertools import groupby
 from operator import itemgetter
 from typing import TYPE_CHECKING
 
-from batchrun.report.markup import note, render, section, step_charts, table, text, tile, token_bars, warnings
+from batchrun.report.charts import head, scripts, step_charts
+from batchrun.report.markup import note, render, section, table, text, tile, token_bars, warnings
 from batchrun.report.records import OrderTried
 from batchrun.report.wording import (
     duration,
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from batchrun.prefix.doctor import Diagnosis
     from batchrun.prefix.explain import Explanation
 
-COLUMNS = 1000  # of a chart, at most
 _FAULTS, _RUNS = 100, 30
 
 
@@ -41,7 +41,7 @@ def render_plan_page(planned: Planned) -> str:
         title=plan_title(planned),
         tone="warn" if planned.faults else "good",
         subject=f"{plan.model} in {plan.dtype}, {plan.schedule_order} order, grouping {plan.grouping}",
-        tiles=_tiles(planned),
+        tiles=list(_tiles(planned)),
         sections=[
             *([_explanation(planned.explanation)] if planned.explanation is not None else []),
             *([_diagnosis(planned.diagnosis)] if planned.diagnosis is not None else []),
@@ -51,15 +51,14 @@ def render_plan_page(planned: Planned) -> str:
             *step_charts(
                 planned.steps,
                 plan.kv,
-                COLUMNS,
-                over_time=True,
                 remark=f"Of {plan.expected.requests:,} requests that were simulated." if part else "",
             ),
             token_bars(plan.tokens, plan.saving, "what would be run, with what has to be computed again"),
             _forest(planned),
             _orders(plan.orders),
         ],
-        script="zoom.js",
+        head=head(),
+        scripts=scripts(),
     )
 
 

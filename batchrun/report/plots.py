@@ -53,12 +53,15 @@ class Course(NamedTuple):
         seconds: of all steps.
         decode, prefill: rows of a step, a mean over time.
         pages: KV pages, the most at any time.
+        running, waiting: requests under way, and those that wait, the most at any time.
     """
 
     seconds: float
     decode: Float
     prefill: Float
     pages: Float
+    running: Float
+    waiting: Float
 
 
 def course(steps: npt.NDArray[np.void], columns: int) -> Course:
@@ -82,8 +85,13 @@ def course(steps: npt.NDArray[np.void], columns: int) -> Course:
     # The steps that are under way in a column: from the one that its left edge is in to the one of its right edge.
     first = np.minimum(np.searchsorted(ends, edges[:-1], side="right"), steps.size - 1)
     last = np.maximum(np.minimum(np.searchsorted(ends, edges[1:]), steps.size - 1), first)
-    most = np.maximum.reduceat(np.append(steps["pages_used"], 0), np.stack((first, last + 1), axis=1).ravel())[::2]
-    return Course(whole, mean("decode_rows"), mean("prefill_rows"), most.astype(np.float64))
+
+    def most(name: str) -> Float:
+        places = np.stack((first, last + 1), axis=1).ravel()
+        return np.maximum.reduceat(np.append(steps[name], 0), places)[::2].astype(np.float64)
+
+    rows = mean("decode_rows"), mean("prefill_rows")
+    return Course(whole, *rows, most("pages_used"), most("running"), most("waiting"))
 
 
 def plot(layers: Sequence[Float], highest: float, height: int, drawn: Glyphs) -> list[str]:

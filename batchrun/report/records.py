@@ -31,6 +31,8 @@ class StepRecord:
         pages_used: KV pages taken while it ran.
         seconds: time on the device; in a plan, what is expected.
         host_seconds: time to schedule it and to take in what it brought.
+        running: requests under way when it was made.
+        waiting: requests that were not let in yet, or wait to be computed again.
     """
 
     index: int
@@ -41,6 +43,8 @@ class StepRecord:
     pages_used: int
     seconds: float
     host_seconds: float = 0.0
+    running: int = 0
+    waiting: int = 0
 
 
 _STEP_COLUMNS = np.dtype(
@@ -53,6 +57,8 @@ _STEP_COLUMNS = np.dtype(
         ("pages_used", np.int64),
         ("seconds", np.float64),
         ("host_seconds", np.float64),
+        ("running", np.int64),
+        ("waiting", np.int64),
     ]
 )
 _step_row = attrgetter(*(_STEP_COLUMNS.names or ()))
@@ -142,6 +148,93 @@ class Seconds:
 
 
 @dataclass(frozen=True, slots=True)
+class StepSeconds:
+    """What `Seconds.execute` went to: all but `held_back` add up to it.
+
+    Attributes:
+        prefill: steps of prompts alone.
+        mixed: steps of prompts and of answers.
+        decode: steps of answers alone, but for the tail.
+        tail: steps of answers alone when nothing waits any more and less than half of the most requests are under way.
+        host: what the steps themselves do not account for: scheduling, writing, the way to the worker.
+        held_back: of the steps above, those that had room for more rows while requests waited: the KV memory was spoken
+            for.
+    """
+
+    prefill: float
+    mixed: float
+    decode: float
+    tail: float
+    host: float
+    held_back: float
+
+    @property
+    def device(self) -> float:
+        """The steps alone."""
+        return self.prefill + self.mixed + self.decode + self.tail
+
+
+def step_seconds(steps: npt.NDArray[np.void], execute: float, step_tokens: int) -> StepSeconds:
+    """Sort the time of steps by what they did.
+
+    Args:
+        steps: `[steps]` as in `StepLog.columns`.
+        execute: seconds that they took in all, with what lay between them.
+        step_tokens: rows that a step is filled up to.
+    """
+    seconds, prefill = steps["seconds"], steps["prefill_rows"] > 0
+    answers = steps["decode_rows"] > 0
+    few = (steps["waiting"] == 0) & (2 * steps["running"] < steps["running"].max(initial=0))
+    # Whoever waits is let in as soon as the step has rows for it and the pool has pages.
+    held_back = (steps["waiting"] > 0) & (steps["rows"] < step_tokens)
+
+    def spent(chosen: npt.NDArray[np.bool_]) -> float:
+        return float(seconds[chosen].sum())
+
+    return StepSeconds(
+        prefill=spent(prefill & ~answers),
+        mixed=spent(prefill & answers),
+        decode=spent(~prefill & ~few),
+        tail=spent(~prefill & few),
+        host=max(execute - float(seconds.sum()), 0.0),
+        held_back=spent(held_back),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class StartSummary:
+    """What the steps of one start of a run did, in all.
+
+    Attributes:
+        steps: forward passes.
+        prefill_rows, decode_rows: rows they computed.
+        sampled: tokens they sampled.
+        peak_pages: the most KV pages taken at once.
+        seconds: on the device.
+    """
+
+    steps: int
+    prefill_rows: int
+    decode_rows: int
+    sampled: int
+    peak_pages: int
+    seconds: float
+
+
+def sum_up(log: StepLog) -> StartSummary:
+    """What the steps of a log did in all."""
+    steps = log.columns
+    return StartSummary(
+        steps=len(log),
+        prefill_rows=int(steps["prefill_rows"].sum()),
+        decode_rows=int(steps["decode_rows"].sum()),
+        sampled=int(steps["sampled"].sum()),
+        peak_pages=int(steps["pages_used"].max(initial=0)),
+        seconds=float(steps["seconds"].sum()),
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class Throughput:
     """What was done per second of `Seconds.execute`; None where nothing was executed."""
 
@@ -167,6 +260,7 @@ class Estimate:
         seconds: expected.
         low, high: the range that it stands in.
         bound_compute, bound_memory: the least that the device's peaks allow, for matrix operations and for memory.
+        bound_weights: of `bound_memory`, what reading the weights once a step takes.
         device: name of the device's file.
         hardware: what the device's figures were measured on, or whose data sheet they are of.
         calibrated: whether the price of a step was measured there.
@@ -178,6 +272,7 @@ class Estimate:
     high: float
     bound_compute: float
     bound_memory: float
+    bound_weights: float
     device: str
     hardware: str
     calibrated: bool
@@ -220,6 +315,27 @@ class GroupSummary:
 
 
 @dataclass(frozen=True, slots=True)
+class SlowRequest:
+    """One of the requests that took longest from the step that it began in to its last one.
+
+    Attributes:
+        custom_id, line: of its line.
+        prompt_tokens: of its prompt, shared ones included.
+        output_tokens: of its answer; None if it has none.
+        first_step, last_step: that it had rows in.
+        seconds: that the device took for these steps and those between them.
+    """
+
+    custom_id: str
+    line: int
+    prompt_tokens: int
+    output_tokens: int | None
+    first_step: int
+    last_step: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Warned:
     """A warning, once for all `count` places where it applies."""
 
@@ -238,7 +354,9 @@ class Report:
         tokens, saving: what was computed, and the share of prompt tokens that sharing spared.
         seconds, throughput: time and rates; None where unknown.
         expected: how long the steps were expected to take; None where nothing was run.
+        step_seconds: what the steps' time went to; None where nothing was run.
         steps: forward passes.
+        rows: tokens that they computed.
         kv: KV memory.
         idle_rows: places of a step that a finished answer held without work.
         padded_rows: rows computed beyond those of the steps.
@@ -250,6 +368,7 @@ class Report:
         errors: number of failed lines by code.
         warnings: what a person should know, each kind once.
         groups: the largest prefix-sharing groups, largest first.
+        slowest: the requests that took longest, the longest first.
         schedule_order: name of the order that requests were admitted in.
         model, device, dtype: what ran it.
         environment: versions and machine.
@@ -262,7 +381,9 @@ class Report:
     seconds: Seconds
     throughput: Throughput
     expected: Estimate | None
+    step_seconds: StepSeconds | None
     steps: int
+    rows: int
     kv: KvUse
     idle_rows: int
     padded_rows: int
@@ -274,6 +395,7 @@ class Report:
     errors: dict[str, int]
     warnings: tuple[Warned, ...]
     groups: tuple[GroupSummary, ...]
+    slowest: tuple[SlowRequest, ...]
     schedule_order: str
     model: str
     device: str

@@ -5,19 +5,22 @@ All that came with a job is escaped and never read as markup.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.text import Text
 
-from batchrun.report.plots import Glyphs, course, framed, glyphs, plot
+from batchrun.report.plots import Float, Glyphs, course, framed, glyphs, plot
 from batchrun.report.records import KvUse, OrderTried, Report, TokenCounts, Warned
 from batchrun.report.wording import (
+    KIND_NAMES,
     as_expected,
     check_title,
     duration,
@@ -29,24 +32,31 @@ from batchrun.report.wording import (
     outcome,
     percent,
     plan_title,
+    planned_and_measured,
     plural,
     printable,
     progress_title,
+    quoted,
     rate,
     sharing,
     stages,
     standing,
+    start_rows,
     time_left,
+    times,
     unlisted,
+    unmeasured,
 )
 from batchrun.request import LineFault
 
 if TYPE_CHECKING:
     from batchrun.check import Checked
+    from batchrun.diff import Difference, DiffSide, RunDiff
     from batchrun.formats.plan import PlanFile
     from batchrun.pipeline import Planned
     from batchrun.prefix.doctor import Diagnosis
     from batchrun.prefix.explain import Explanation, SharedRuns
+    from batchrun.review import Review
     from batchrun.status import RunProgress
 
 WIDTH = 80
@@ -58,6 +68,7 @@ _TOO_LARGE = "context_length_exceeded"
 _CODES_SHOWN = 6
 _FAULTS_IN_CHECK = 20
 _WARNINGS_SHOWN = 5
+_SLOWEST_SHOWN = 10
 
 
 class _Row(NamedTuple):
@@ -129,6 +140,140 @@ def print_summary(console: Console, report: Report, run_dir: Path) -> None:
     )
 
 
+def print_report(console: Console, review: Review, steps: npt.NDArray[np.void]) -> None:
+    """Show what a run came to: the summary, what limited it, where its time went, what was planned, its course.
+
+    Args:
+        console: where to.
+        review: what its directory tells.
+        steps: of its latest start, `[steps]` as in `StepLog.columns`; may be empty.
+    """
+    report = review.report
+    if review.progress.state == "running":
+        _print_hanging(console, Text(), "This run is going on; its report is of the start before.", "bold yellow")
+        _print(console, Text())
+    print_summary(console, report, Path(review.run_dir))
+    if review.limited_by is not None:
+        _print(console, Text())
+        _print_hanging(console, Text(), printable(review.limited_by.words))
+    parts = times(report)
+    whole = sum(spent for _, spent in parts)
+    if whole:
+        _print(console, Text())
+        rows = [(duration(spent), percent(spent / whole)) for _, spent in parts]
+        _print_table(console, ("time", "share"), rows, ["went to", *(KIND_NAMES.get(name, name) for name, _ in parts)])
+    if review.plan is not None:
+        _print(console, Text())
+        compared = planned_and_measured(report, review.plan)
+        rows = [(planned, measured) for _, planned, measured in compared]
+        _print_table(console, ("planned", "measured"), rows, ["", *(name for name, _, _ in compared)])
+    if len(review.starts) > 1:
+        _print(console, Text())
+        head, lines = start_rows(review.starts)
+        _print_table(console, head, lines, [""] * (len(lines) + 1))
+    if steps.size:
+        _print(console, Text())
+        _print_plots(console, steps, report.kv, glyphs(console.encoding), requests=True)
+    if report.slowest:
+        _print(console, Text())
+        requests = [
+            (
+                duration(slow.seconds),
+                f"{slow.first_step:,}",
+                f"{slow.last_step:,}",
+                f"{slow.prompt_tokens:,}",
+                "-" if slow.output_tokens is None else f"{slow.output_tokens:,}",
+            )
+            for slow in report.slowest[:_SLOWEST_SHOWN]
+        ]
+        names = ("time", "first step", "last", "prompt", "output")
+        ids = [printable(slow.custom_id) for slow in report.slowest[:_SLOWEST_SHOWN]]
+        _print_table(console, names, requests, ["slowest requests", *ids])
+    _print(console, Text())
+    _print(console, Text("Not measured", style="bold"))
+    for words in unmeasured(report):
+        _print_hanging(console, Text("- "), printable(words, limit=1000))
+
+
+def print_diff(console: Console, diff: RunDiff) -> None:
+    """Show what is different between two runs."""
+    total = diff.equal + diff.different
+    title = (
+        f"{diff.different:,} of {plural(total, 'line')} differ."
+        if diff.different
+        else f"All {total:,} lines are equal."
+    )
+    _print(console, Text(title, style="bold yellow" if diff.different else "bold green"))
+    _print(console, Text())
+    names = {"only_a": "only in A", "only_b": "only in B", "finish_reason": "finish reason"}
+    kinds = [_Row(f"{count:,}", names.get(kind, kind)) for kind, count in diff.kinds.items()]
+    _print_sections(
+        console,
+        [
+            _Section("A", [_Row("", printable(diff.a.run_dir, limit=4096))]),
+            _Section("B", [_Row("", printable(diff.b.run_dir, limit=4096))]),
+            _Section("Equal", [_Row(f"{diff.equal:,}", "lines: status, texts, finish reasons")]),
+            _Section("Differ", kinds, "yellow"),
+        ],
+    )
+    _print(console, Text())
+    figures = list(zip(_side_figures(diff.a), _side_figures(diff.b), strict=True))
+    rows = [(a, b) for (_, a), (_, b) in figures]
+    _print_table(console, ("A", "B"), rows, ["", *(name for (name, _), _ in figures)])
+    if not diff.differences:
+        return
+    _print(console, Text())
+    for difference in diff.differences:
+        head = f"line {difference.line:,}  {printable(difference.custom_id, limit=60)}: "
+        _print_hanging(console, Text("  "), head + _differs(difference))
+        for name, words in (("A", difference.text_a), ("B", difference.text_b)):
+            if words is not None:
+                _print_hanging(console, Text(f"    {name} "), quoted(words))
+    if (more := diff.different - len(diff.differences)) > 0:
+        _print_hanging(console, Text("  "), f"and {more:,} more; --show N shows more of them")
+    if diff.tokens is not None:
+        _print_hanging(console, Text(), printable(f"Places are characters, not tokens: {diff.tokens}"))
+
+
+def _differs(difference: Difference) -> str:
+    """What is different in a line, and where."""
+    if difference.a is None or difference.b is None:
+        return f"only in {'A' if difference.b is None else 'B'} ({printable(str(difference.a or difference.b))})"
+    words = ", ".join(kind.replace("_", " ") for kind in difference.kinds)
+    if difference.a != difference.b:
+        words += f" ({printable(difference.a)} against {printable(difference.b)})"
+    if difference.equal_characters is None:
+        return words
+    choice = f" of choice {difference.choice}" if difference.choice else ""
+    if difference.equal_tokens is not None:
+        return f"{words}{choice}, from token {difference.equal_tokens + 1:,} on"
+    return f"{words}{choice}, from character {difference.equal_characters + 1:,} on"
+
+
+def _side_figures(side: DiffSide) -> list[tuple[str, str]]:
+    seconds, throughput, kv = side.seconds, side.throughput, side.kv
+
+    def known(value: float | None, show: Callable[[float], str]) -> str:
+        return "-" if value is None else show(value)
+
+    counts = side.request_counts
+    return [
+        ("status", str(side.status)),
+        ("model", printable(side.model, limit=24)),
+        ("answered", f"{counts.completed:,}"),
+        ("failed", f"{counts.failed:,}"),
+        ("remaining", f"{counts.remaining:,}"),
+        ("saving", known(side.saving, percent)),
+        ("total time", known(seconds.total if seconds is not None else None, duration)),
+        ("time of steps", known(seconds.execute if seconds is not None else None, duration)),
+        ("requests/s", known(throughput.requests_per_second if throughput is not None else None, rate)),
+        ("input tokens/s", known(throughput.input_tokens_per_second if throughput is not None else None, rate)),
+        ("output tokens/s", known(throughput.output_tokens_per_second if throughput is not None else None, rate)),
+        ("steps", known(side.steps, "{:,}".format)),
+        ("KV pages at peak", known(kv.peak_pages if kv is not None else None, "{:,}".format)),
+    ]
+
+
 def print_plan(console: Console, planned: Planned) -> None:
     """Show what a run would do: figures, what is shared most, the orders tried, and its course over time."""
     plan, expected = planned.plan, planned.plan.expected
@@ -167,7 +312,8 @@ def print_plan(console: Console, planned: Planned) -> None:
         _print_orders(console, plan.orders)
     if planned.steps.size:
         _print(console, Text())
-        _print_plots(console, planned, drawn)
+        part = " (the part that was simulated)" if plan.expected.requests < plan.requests else ""
+        _print_plots(console, planned.steps, plan.kv, drawn, part=part)
     if planned.explanation is not None:
         _print(console, Text())
         _print_explanation(console, planned.explanation)
@@ -406,29 +552,34 @@ def _print_table(console: Console, head: Sequence[str], rows: Sequence[Sequence[
         _print(console, Text(_cut(line.rstrip(), _width(console)), style="bold" if index == 0 else ""))
 
 
-def _print_plots(console: Console, planned: Planned, drawn: Glyphs) -> None:
-    """Rows of a step and KV pages over time."""
-    kv, margin = planned.plan.kv, 7
+def _print_plots(
+    console: Console, steps: npt.NDArray[np.void], kv: KvUse, drawn: Glyphs, *, part: str = "", requests: bool = False
+) -> None:
+    """Rows of a step and KV pages over time, and requests if they are asked for.
+
+    Args:
+        part: what is drawn, where it is not all.
+    """
+    margin = 7
     columns = max(min(_PLOT_WIDTH, _width(console) - margin - 2), 8)
-    over = course(planned.steps, columns)
-    part = " (the part that was simulated)" if planned.plan.expected.requests < planned.plan.requests else ""
-    rows = float((over.decode + over.prefill).max())
-    _print_hanging(
-        console,
-        Text(),
-        f"Rows of a step over time{part}: {drawn.fills[0]} decode, {drawn.fills[1]} prefill",
-        "bold",
-    )
-    for line in framed(
-        plot([over.decode, over.prefill], rows, _PLOT_HEIGHT, drawn), f"{rows:,.0f}", over.seconds, margin, drawn
-    ):
-        _print(console, Text(line.rstrip()))
+    over = course(steps, columns)
+
+    def show(title: str, layers: Sequence[Float], highest: float) -> None:
+        _print_hanging(console, Text(), title, "bold")
+        label = f"{highest:,.0f}"
+        for line in framed(plot(layers, highest, _PLOT_HEIGHT, drawn), label, over.seconds, margin, drawn):
+            _print(console, Text(line.rstrip()))
+
+    rows = f"Rows of a step over time{part}: {drawn.fills[0]} decode, {drawn.fills[1]} prefill"
+    show(rows, [over.decode, over.prefill], float((over.decode + over.prefill).max()))
     _print(console, Text())
     # A pool far above the peak would press the plot flat.
     highest = kv.pages if kv.pages <= 6 * kv.peak_pages else kv.peak_pages
-    _print_hanging(console, Text(), f"KV pages over time{part}: at most {kv.peak_pages:,} of {kv.pages:,}", "bold")
-    for line in framed(plot([over.pages], highest, _PLOT_HEIGHT, drawn), f"{highest:,}", over.seconds, margin, drawn):
-        _print(console, Text(line.rstrip()))
+    show(f"KV pages over time{part}: at most {kv.peak_pages:,} of {kv.pages:,}", [over.pages], highest)
+    if requests:
+        for name, column in (("under way", over.running), ("waiting", over.waiting)):
+            _print(console, Text())
+            show(f"Requests {name} over time: at most {column.max():,.0f}", [column], max(float(column.max()), 1.0))
 
 
 def _print_hanging(console: Console, head: Text, words: str, style: str = "") -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from batchrun.report.records import Estimate, RequestCounts, Seconds
+from batchrun.report.records import Estimate, Report, RequestCounts, Seconds, StartSummary
 
 if TYPE_CHECKING:
     from batchrun.check import Checked
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from batchrun.status import RunProgress
 
 STAGES = ("load", "tokenize", "plan", "execute")
+STEP_KINDS = ("prefill", "mixed", "decode", "tail", "host")
+KIND_NAMES = {"mixed": "prefill and decode", "host": "host and waiting for it"}
 
 
 def outcome(counts: RequestCounts) -> str:
@@ -67,6 +70,77 @@ def size(number: float) -> str:
 def stages(seconds: Seconds) -> list[tuple[str, float]]:
     """The stages that happened, in order, and how long each took."""
     return [(name, spent) for name in STAGES if (spent := getattr(seconds, name)) is not None]
+
+
+def times(report: Report) -> list[tuple[str, float]]:
+    """Where the time of a run went, in order, with what the steps spent it on."""
+    parts = [(name, spent) for name, spent in stages(report.seconds) if name != "execute"]
+    if report.step_seconds is None:
+        parts += [("execute", report.seconds.execute)] if report.seconds.execute is not None else []
+    else:
+        parts += [(name, spent) for name in STEP_KINDS if (spent := getattr(report.step_seconds, name)) > 0]
+    spent = sum(part for _, part in parts)
+    if report.seconds.total is not None and report.seconds.total > spent:
+        parts.append(("other", report.seconds.total - spent))
+    return parts
+
+
+def planned_and_measured(report: Report, plan: PlanFile) -> list[tuple[str, str, str]]:
+    """What was planned beside what came of it: name, planned, measured."""
+    expected, execute = plan.expected, report.seconds.execute
+    return [
+        (
+            "time of the steps",
+            f"{duration(expected.seconds)} ({duration(expected.low)} to {duration(expected.high)})",
+            "–" if execute is None else duration(execute),
+        ),
+        (
+            "  at the device's peaks",
+            duration(expected.bound),
+            "–" if not execute or report.request_counts.remaining else f"{percent(expected.bound / execute)} of it",
+        ),
+        ("steps", f"{plan.steps:,}", f"{report.steps:,}"),
+        ("rows", f"{plan.rows:,}", f"{report.rows:,}"),
+        ("prompt tokens computed", f"{plan.tokens.prompt_computed:,}", f"{report.tokens.prompt_computed:,}"),
+        ("output tokens", f"{plan.tokens.output:,}", f"{report.tokens.output:,}"),
+        ("KV pages at peak", f"{plan.kv.peak_pages:,}", f"{report.kv.peak_pages:,}"),
+    ]
+
+
+def start_rows(starts: Sequence[StartSummary]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """What the starts of a run did, and all of them together: head and rows of a table."""
+
+    def row(name: str, start: StartSummary) -> tuple[str, ...]:
+        counts = (start.steps, start.prefill_rows, start.decode_rows, start.sampled, start.peak_pages)
+        return (name, duration(start.seconds), *(f"{count:,}" for count in counts))
+
+    whole = StartSummary(
+        steps=sum(start.steps for start in starts),
+        prefill_rows=sum(start.prefill_rows for start in starts),
+        decode_rows=sum(start.decode_rows for start in starts),
+        sampled=sum(start.sampled for start in starts),
+        peak_pages=max(start.peak_pages for start in starts),
+        seconds=sum(start.seconds for start in starts),
+    )
+    rows = [row(f"{number:,}", start) for number, start in enumerate(starts, start=1)]
+    head = ("start", "time of steps", "steps", "prefill rows", "decode rows", "sampled", "KV peak")
+    return head, [*rows, row("all", whole)]
+
+
+def unmeasured(report: Report) -> list[str]:
+    """What a report does not know, so that nobody takes it for known."""
+    words = ["Time saved by sharing: no run without it was made; the saving is one of prompt tokens."]
+    if report.expected is not None and not report.expected.calibrated:
+        words.append(f"The price of steps: {report.expected.device} is not calibrated, so the plan is from its peaks.")
+    if report.step_seconds is not None:
+        words += [
+            "Time to first token: of each request the first and last step are known, by the time of the steps alone.",
+            "Prefill and decode within a step that does both: they are one forward pass.",
+        ]
+    words.append("Memory but for the pages of KV, and energy.")
+    if any(warned.code == "resumed" for warned in report.warnings):
+        words.append("Earlier starts: tokens, steps and times are of the last one.")
+    return words
 
 
 def printable(text: str, limit: int = 400) -> str:

@@ -170,6 +170,11 @@ class Scheduler:
         return self._order.size - self._next + len(self._preempted) + len(self._held)
 
     @property
+    def num_running(self) -> int:
+        """Requests under way."""
+        return self._under_way().size
+
+    @property
     def done(self) -> bool:
         """Whether every request has its answer, or gets none."""
         return not self.num_waiting and not self._under_way().size

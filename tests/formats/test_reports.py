@@ -10,7 +10,14 @@ import pytest
 
 from batchrun.errors import OutputError, RunDirError
 from batchrun.formats.plan import PlanFile, read_plan, write_plan
-from batchrun.formats.report import StepWriter, encode_step, read_report, read_steps, write_report
+from batchrun.formats.report import (
+    StepWriter,
+    encode_step,
+    read_report,
+    read_step_logs,
+    read_steps,
+    write_report,
+)
 from batchrun.report.records import (
     Estimate,
     GroupSummary,
@@ -19,12 +26,16 @@ from batchrun.report.records import (
     Report,
     RequestCounts,
     Seconds,
+    StartSummary,
     StepLog,
     StepRecord,
+    StepSeconds,
     Throughput,
     TokenCounts,
     Warned,
     largest_groups,
+    step_seconds,
+    sum_up,
 )
 from batchrun.schedule.step import PrefixReads, Step
 
@@ -40,7 +51,9 @@ def a_report() -> Report:
         seconds=Seconds(total=3.0, tokenize=0.25, execute=2.5),
         throughput=Throughput(3.2, 400.0, None),
         expected=None,
+        step_seconds=None,
         steps=12,
+        rows=5000,
         kv=KvUse(16, 100, 42),
         idle_rows=0,
         padded_rows=0,
@@ -52,6 +65,7 @@ def a_report() -> Report:
         errors={"empty_prompt": 1},
         warnings=(Warned("max_tokens_default", 3, "3 lines have no max_tokens"),),
         groups=(GroupSummary(4, 200, 8),),
+        slowest=(),
         schedule_order="dfs",
         model="demo",
         device="cpu",
@@ -70,14 +84,18 @@ def a_plan() -> PlanFile:
         schedule_order="dfs",
         grouping="tree",
         steps=12,
+        rows=5000,
         step_tokens=256,
         kv=KvUse(16, 100, 42),
-        expected=Estimate(10.0, 8.0, 12.5, 6.0, 2.5, "cpu", "a processor", True, 480),
+        expected=Estimate(10.0, 8.0, 12.5, 6.0, 2.5, 1.5, "cpu", "a processor", True, 480),
         orders=(OrderTried("dfs", 10.0, 53, 4000, 90, 0), OrderTried("input", 12.5, 61, 9000, 99, 7)),
         model="demo",
         dtype="float32",
         fingerprint={"job": "sha256:aa", "seed": 0},
     )
+
+
+RECORD = StepRecord(0, 4, 2, 2, 2, 9, 0.5, 0.25, 2, 7)
 
 
 def int32(*values: int) -> np.ndarray:
@@ -179,7 +197,7 @@ def test_saving_is_the_share_of_prompt_tokens_spared():
 def test_steps_read_back_as_their_columns(tmp_path):
     path = tmp_path / "steps.jsonl"
     with StepWriter(path) as writer:
-        writer.write(a_step(0), 0.5)
+        writer.write(a_step(0), RECORD)
         writer.write(a_step(1, releases=int32(2, 1)))
     first, second = read_steps(path)
     assert first == {
@@ -201,20 +219,31 @@ def test_steps_read_back_as_their_columns(tmp_path):
         },
         "releases": [],
         "grants": {"sequence": [0], "page": [9]},
-        "seconds": 0.5,
+        "record": {
+            "index": 0,
+            "rows": 4,
+            "sampled": 2,
+            "prefill_rows": 2,
+            "decode_rows": 2,
+            "pages_used": 9,
+            "seconds": 0.5,
+            "host_seconds": 0.25,
+            "running": 2,
+            "waiting": 7,
+        },
     }
     assert second["releases"] == [2, 1]
-    assert second["seconds"] is None
+    assert second["record"] is None
     assert path.read_bytes().count(b"\n") == 2
 
 
-def test_a_planned_and_a_measured_step_differ_in_seconds_only():
-    planned, measured = orjson.loads(encode_step(a_step(3))), orjson.loads(encode_step(a_step(3), 0.25))
-    assert planned.pop("seconds") is None
-    assert measured.pop("seconds") == 0.25
+def test_a_planned_and_a_measured_step_differ_in_their_record_only():
+    planned, measured = orjson.loads(encode_step(a_step(3))), orjson.loads(encode_step(a_step(3), RECORD))
+    assert planned.pop("record") is None
+    assert measured.pop("record")["seconds"] == 0.5
     assert planned == measured
     other_tokens = orjson.loads(encode_step(a_step(3, token_ids=int32(1, 1, 1, 1))))
-    other_tokens.pop("seconds")
+    other_tokens.pop("record")
     assert other_tokens == planned  # what was sampled is not the schedule's
 
 
@@ -251,6 +280,26 @@ def test_a_torn_step_is_left_out_by_readers_and_cut_by_writers(tmp_path):
     assert [step["index"] for step in read_steps(path)] == [0, 7]
 
 
+def test_records_read_back_start_by_start(tmp_path):
+    path = tmp_path / "steps.jsonl"
+    assert read_step_logs(path) == []
+    for indices in ((0, 1, 4), (0, 1)):  # steps 2 and 3 were lost with a worker
+        with StepWriter(path) as writer:
+            for index in indices:
+                writer.write(a_step(index), dataclasses.replace(RECORD, index=index))
+    first, second = read_step_logs(path)
+    assert first.columns["index"].tolist() == [0, 1, 4]
+    assert second[1] == dataclasses.replace(RECORD, index=1)
+    assert sum_up(first) == StartSummary(3, 6, 6, 6, 9, 1.5)
+
+
+def test_a_step_without_a_sound_record_is_named(tmp_path):
+    path = tmp_path / "steps.jsonl"
+    path.write_bytes(encode_step(a_step(0), RECORD) + encode_step(a_step(1)))
+    with pytest.raises(RunDirError, match="line 2 has no sound record"):
+        read_step_logs(path)
+
+
 def test_damage_inside_a_step_log_is_named(tmp_path):
     path = tmp_path / "steps.jsonl"
     path.write_bytes(encode_step(a_step(0)) + b"damage\n" + encode_step(a_step(1)))
@@ -269,7 +318,7 @@ def test_a_step_log_on_a_full_device_is_an_output_error(tmp_path):
 
 
 def test_a_step_log_gives_back_what_was_appended():
-    records = [StepRecord(i, 10 + i, 3, 7, 3 + i, 40 - i, i / 8) for i in range(100)]
+    records = [StepRecord(i, 10 + i, 3, 7, 3 + i, 40 - i, i / 8, i / 16, 5 + i, 90 - i) for i in range(100)]
     log = StepLog(capacity=1)
     for record in records:
         log.append(record)
@@ -280,3 +329,18 @@ def test_a_step_log_gives_back_what_was_appended():
     assert log.columns["rows"].tolist() == [record.rows for record in records]
     with pytest.raises(IndexError):
         log[100]
+
+
+def test_the_time_of_steps_is_sorted_by_what_they_did():
+    log = StepLog()
+    for index, (prefill, decode, running, waiting) in enumerate(
+        [(16, 0, 4, 5), (12, 4, 8, 5), (0, 8, 8, 5), (0, 8, 8, 0), (0, 4, 4, 0), (0, 3, 3, 0), (2, 1, 2, 0)]
+    ):
+        log.append(StepRecord(index, prefill + decode, decode, prefill, decode, 9, 2.0**index, 0.0, running, waiting))
+    found = step_seconds(log.columns, execute=200.0, step_tokens=16)
+    assert found == StepSeconds(prefill=1, mixed=2 + 64, decode=4 + 8 + 16, tail=32, host=200 - 127, held_back=4)
+    assert found.device + found.host == 200
+
+
+def test_no_steps_take_no_time():
+    assert step_seconds(StepLog().columns, 0.5, 16) == StepSeconds(0, 0, 0, 0, 0.5, 0)

@@ -7,17 +7,19 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from html_page import HOSTILE, Page
+from html_page import HOSTILE, Page, assert_self_contained, course_of, without_scripts
+from plans import ESTIMATE, a_plan, a_report
 
 from batchrun.errors import OutputError
 from batchrun.formats.rundir import write_text_atomic
-from batchrun.report.page import COLUMNS, render_page
+from batchrun.report.charts import COLUMNS, scripts
+from batchrun.report.page import render_page
 from batchrun.report.records import (
-    GroupSummary,
     KvUse,
-    Report,
     RequestCounts,
     Seconds,
+    SlowRequest,
+    StartSummary,
     StepLog,
     StepRecord,
     Throughput,
@@ -25,60 +27,35 @@ from batchrun.report.records import (
     Warned,
 )
 
-TOKENS = TokenCounts(prompt_logical=251_904, prompt_physical=31_220, prompt_computed=31_500, output=7_680)
-
-
-def a_report(**changes) -> Report:
-    report = Report(
-        request_counts=RequestCounts(480, 478, 2, 0),
-        duplicates=0,
-        tokens=TOKENS,
-        saving=TOKENS.saving,
-        seconds=Seconds(total=250.0, load=10.0, tokenize=5.0, plan=5.0, execute=225.0),
-        throughput=Throughput(1.94, 1019.3, 31.07),
-        expected=None,
-        steps=300,
-        kv=KvUse(page_size=16, pages=4096, peak_pages=3120),
-        idle_rows=5,
-        padded_rows=12,
-        preemptions=3,
-        memory_retries=2,
-        worker_restarts=4,
-        prefix_evictions=1,
-        finish_reasons={"stop": 470, "length": 8},
-        errors={"empty_prompt": 1, "context_length_exceeded": 1},
-        warnings=(Warned("max_tokens_default", 3, "they have no max_tokens"),),
-        groups=tuple(GroupSummary(number, 512 - number, 60) for number in range(14)),
-        schedule_order="dfs",
-        model="demo",
-        device="cpu",
-        dtype="float32",
-        environment={"python": "3.11", "cpus": 2, "triton": None, "gpus": [{"name": "H"}]},
-    )
-    return replace(report, **changes)
-
 
 def some_steps(count: int, pages: int = 3000) -> np.ndarray:
     log = StepLog()
     for index in range(count):
         prefill, decode = 200 + index % 7, index % 60
-        log.append(StepRecord(index, prefill + decode, decode, prefill, decode, pages + index % 100, 0.5))
+        log.append(
+            StepRecord(index, prefill + decode, decode, prefill, decode, pages + index % 100, 0.5, 0.0, decode, 60)
+        )
     return log.columns
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 300, COLUMNS, COLUMNS + 1, 20_000])
 def test_the_page_is_well_formed_and_self_contained(count):
-    html = render_page(a_report(steps=count), some_steps(count))
-    page = Page(html)
-    assert html.startswith("<!doctype html>")
-    assert not re.search(r"https?:|url\(|@import|\bnan\b|\binf\b", html)
-    for tag, attrs in page.tags:
-        assert tag not in ("script", "link", "img", "iframe", "object", "base")
-        assert not [name for name in attrs if name.startswith("on") or name in ("src", "href")]
-    # Nothing could run even if an escape were forgotten.
-    policies = [attrs["content"] for attrs in page.all("meta") if "http-equiv" in attrs]
-    assert policies == ["default-src 'none'; style-src 'unsafe-inline'"]
-    assert "prefers-color-scheme: dark" in html
+    assert_self_contained(render_page(a_report(steps=count), some_steps(count), a_plan()), scripts())
+
+
+def test_a_run_of_half_a_million_steps_has_a_page_below_a_megabyte_that_hides_no_peak():
+    steps = np.tile(some_steps(1000), 500)
+    for name in ("pages_used", "running", "waiting", "rows"):
+        steps[name][123_456] = 999_999
+    html = render_page(a_report(steps=steps.size), steps)
+    assert len(html.encode()) < 500_000
+    course = course_of(html)
+    assert len(course["pages"]) == COLUMNS
+    assert sum(course["steps"]) == steps.size
+    for name in ("pages", "running", "waiting", "rows"):
+        assert max(course[name]) == 999_999
+        assert sorted(course[name])[-2] < 99_999
+    assert np.dot(course["prefill"], course["steps"]) == pytest.approx(steps["prefill_rows"].sum(), rel=1e-4)
 
 
 def test_every_figure_is_there():
@@ -99,10 +76,18 @@ def test_every_figure_is_there():
         "physical 31,220",
         "computed 31,500",
         "load 10.0 s (4.0 %)",
-        "execute 3 min 45 s (90.0 %)",
+        "prefill 20.0 s (8.0 %)",
+        "prefill and decode 1 min 40 s (40.0 %)",
+        "tail 15.0 s (6.0 %)",
+        "host and waiting for it 30.0 s (12.0 %)",
         "other 5.0 s (2.0 %)",
-        "0 512 60 30,208",
+        "In 40.0 s of the steps requests waited for KV pages.",
+        "0 512 60 30,208 12.0 %",
         "6 more",
+        "2 min 3 s slow-one 17 900 64 3 to 250",
+        "1.0 s cut 18 9 – 3 to 4",
+        "Requests over time: 59 under way and 60 waiting at most",
+        "Time saved by sharing: no run without it was made",
         "stop 470, length 8",
         "idle rows 5",
         "padded rows 12",
@@ -120,6 +105,7 @@ def test_what_a_job_says_is_only_text():
     report = a_report(
         model=HOSTILE,
         device=HOSTILE,
+        slowest=(SlowRequest(HOSTILE, 1, 1, 1, 0, 1, 1.0),),
         warnings=tuple(Warned(HOSTILE, number, HOSTILE * number) for number in range(1, 21)),
         errors={HOSTILE: 2},
         finish_reasons={HOSTILE: 478},
@@ -131,7 +117,8 @@ def test_what_a_job_says_is_only_text():
     assert {tag for tag, _ in page.tags} == {tag for tag, _ in plain.tags}
     assert r"</td></table><script>alert(1)</script>\x1b[31m\x00\ud800\u202e" in page.text
     assert "$outcome [red]" in page.text
-    assert all(letter.isprintable() or letter == "\n" for letter in html)
+    assert html.count("<script") == 3  # uPlot, ours, and the data
+    assert all(letter.isprintable() or letter == "\n" for letter in without_scripts(html))
     html.encode()  # no lone surrogates
 
 
@@ -165,70 +152,85 @@ def test_a_job_that_never_ran_has_a_page():
         steps=0,
         kv=KvUse(16, 0, 0),
         groups=(),
+        slowest=(),
+        step_seconds=None,
         warnings=(),
         finish_reasons={},
         errors={"invalid_json_line": 7},
         environment={},
     )
     page = Page(render_page(report, some_steps(0)))
-    assert "No step was run." in page.text
-    assert page.all("svg") == []
+    assert "No step was run, or they were not logged." in page.text
+    assert page.all("div", "chart") == []
+    assert "What limited" not in page.text
     assert "– requests/s" in page.text
 
 
-def heights(html: str, colour: str) -> list[tuple[float, float]]:
-    """The corners of the outline of a series."""
-    (path,) = re.findall(rf'<path class="{colour}" d="M([^Z]*)Z"', html)
-    return [tuple(map(float, corner.split())) for corner in path.split("L")]
-
-
-def test_columns_stand_on_each_other_in_proportion():
+def test_a_step_is_drawn_as_it_was_where_there_are_few():
     log = StepLog()
-    log.append(StepRecord(0, 100, 0, 100, 0, 10, 0.5))
-    log.append(StepRecord(1, 100, 25, 75, 25, 40, 0.5))
-    html = render_page(a_report(kv=KvUse(16, 80, 40)), log.columns)
-    decode, prefill, pages = heights(html, "orange"), heights(html, "blue"), heights(html, "teal")
-    floor = max(y for _, y in decode)
-    full = floor - min(y for _, y in prefill)
-    assert [floor - y for _, y in decode[:4]] == pytest.approx([0, 0, full / 4, full / 4], abs=0.1)
-    assert [floor - y for _, y in prefill] == pytest.approx([full, full, full, full, full / 4, full / 4, 0, 0], abs=0.1)
-    assert [floor - y for _, y in pages[:4]] == pytest.approx([full / 8, full / 8, full / 2, full / 2], abs=0.1)
-    # The pool is the dashed line.
-    (limit,) = Page(html).all("line", "limit")
-    assert floor - float(limit["y1"] or "nan") == pytest.approx(full, abs=0.1)
+    log.append(StepRecord(0, 100, 0, 100, 0, 10, 0.5, 0.0, 3, 7))
+    log.append(StepRecord(1, 100, 25, 75, 25, 40, 1.5, 0.0, 9, 1))
+    assert course_of(render_page(a_report(kv=KvUse(16, 80, 40)), log.columns)) == {
+        "ends": [0, 0.5, 2],
+        "first": [0, 1],
+        "steps": [1, 1],
+        "prefill": [100, 75],
+        "decode": [0, 25],
+        "rows": [100, 100],
+        "pages": [10, 40],
+        "running": [3, 9],
+        "waiting": [7, 1],
+        "total": 2,
+        "pool": 80,
+    }
 
 
-def test_many_steps_are_drawn_in_few_columns_with_their_sums_and_their_peak_kept():
-    steps = some_steps(10 * COLUMNS + 7).copy()
-    steps["pages_used"][4321] = 4096
-    html = render_page(a_report(kv=KvUse(16, 4096, 4096)), steps)
-    page = Page(html)
-    assert len(page.all("rect", "hit")) == 2 * COLUMNS
-    assert "Each column is the mean of 10 to 11 steps." in page.text
-    assert f"prefill: {steps['prefill_rows'].sum():,}" in page.text
-    (limit,) = page.all("line", "limit")
-    assert min(y for _, y in heights(html, "teal")) == float(limit["y1"] or "nan")
-
-
-def test_each_column_says_its_steps():
-    page = Page(render_page(a_report(), some_steps(3)))
-    assert "step 2: 202 prefill, 2 decode" in page.text
-    assert "step 2: 3,002 pages" in page.text
+def test_the_charts_are_there_in_figures_too():
+    text = Page(render_page(a_report(), some_steps(2))).text
+    assert "from to prefill rows decode rows KV pages under way waiting" in text
+    assert "500 ms 1.0 s 201 1 3,001 1 60" in text
 
 
 def test_a_pool_far_above_the_peak_does_not_press_the_curve_flat():
     html = render_page(a_report(kv=KvUse(16, 10**6, 3099)), some_steps(300))
-    page = Page(html)
-    assert page.all("line", "limit") == []
-    assert "Peak 3,099 of 1,000,000 pages, 0.3 %; the pool is far above this scale." in page.text
-    teal = heights(html, "teal")
-    assert max(y for _, y in teal) - min(y for _, y in teal) > 100
+    assert "pool" not in course_of(html)
+    assert "3,099 at most, of 1,000,000 (0.3 %). The pool is far above this scale." in Page(html).text
+
+
+def test_planned_stands_beside_measured():
+    report = a_report(expected=ESTIMATE)
+    text = Page(render_page(report, some_steps(3), a_plan())).text
+    for part in (
+        "time of the steps 10.0 s (8.0 s to 12.5 s) 3 min 45 s",
+        "at the device's peaks 6.0 s 2.7 % of it",
+        "steps 1,204 300",
+        "rows 5,000 5,000",
+        "output tokens 7,680 7,680",
+        "2.7 % of the bound",
+    ):
+        assert part in text, part
+    assert "Planned and measured" not in Page(render_page(report, some_steps(3))).text
+    other = a_plan(expected=replace(ESTIMATE, seconds=1.0))  # of another start
+    assert "Planned and measured" not in Page(render_page(report, some_steps(3), other)).text
+    stopped = replace(report, request_counts=RequestCounts(480, 3, 0, 477))
+    text = Page(render_page(stopped, some_steps(3), a_plan())).text
+    assert "not all of them have run" in text
+    assert "2.7 %" not in text
+
+
+def test_starts_are_added_up():
+    starts = (StartSummary(10, 100, 20, 21, 30, 1.5), StartSummary(5, 50, 10, 11, 40, 2.5))
+    text = Page(render_page(a_report(), some_steps(3), starts=starts)).text
+    assert "2 starts" in text
+    assert "all 4.0 s 15 150 30 32 40" in text
+    assert "start time of steps" not in Page(render_page(a_report(), some_steps(3), starts=starts[:1])).text
 
 
 def test_stages_that_overlap_fill_the_bar_and_no_more():
-    page = Page(render_page(a_report(seconds=Seconds(total=10.0, load=6.0, execute=9.0)), some_steps(1)))
+    report = a_report(seconds=Seconds(total=10.0, load=6.0, execute=9.0), step_seconds=None)
+    page = Page(render_page(report, some_steps(1)))
     assert "load 6.0 s (40.0 %)" in page.text
-    assert "other" not in page.text.split("Rows of each step")[0].split("Time:")[1]
+    assert "other" not in page.text.split("Rows of each step")[0].split("Time:")[1].split("Not measured")[0]
 
 
 def test_the_page_is_written_whole_or_not_at_all(tmp_path):

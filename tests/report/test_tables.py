@@ -46,7 +46,9 @@ def a_report(**changes) -> Report:
         seconds=Seconds(total=250.3, load=1.23, tokenize=0.31, plan=0.048, execute=247.2),
         throughput=Throughput(1.94, 1019.3, 31.07),
         expected=None,
+        step_seconds=None,
         steps=1204,
+        rows=5000,
         kv=KV,
         idle_rows=5,
         padded_rows=12,
@@ -58,6 +60,7 @@ def a_report(**changes) -> Report:
         errors={"empty_prompt": 1, "context_length_exceeded": 1},
         warnings=(Warned("max_tokens_default", 3, "they have no max_tokens"),),
         groups=GROUPS,
+        slowest=(),
         schedule_order="dfs",
         model="demo",
         device="cpu",
@@ -83,7 +86,7 @@ def assert_plain_and_narrow(text: str) -> None:
 
 
 def test_the_summary_of_a_finished_run_has_what_was_expected_beside_what_was_measured():
-    expected = Estimate(210.0, 190.0, 240.0, 61.8, 30.0, "cpu", "here", calibrated=True, requests=478)
+    expected = Estimate(210.0, 190.0, 240.0, 61.8, 30.0, 10.0, "cpu", "here", calibrated=True, requests=478)
     text = shown(print_summary, a_report(expected=expected), Path("a.run"))
     assert "expected 3 min 30 s; at the device's peaks 1 min 2 s, 25.0 % of it" in text
     assert_plain_and_narrow(text)
