@@ -485,7 +485,7 @@ class _Run:
 
         texts = TextStops(prepared.tokenizer, requests)
         logprobs = LogprobTable(requests)
-        lines = LineCollector(prepared.answers, plan.groups, self.subject.name, sink, prepared.tokenizer)
+        lines = LineCollector(prepared.answers, requests, plan.groups, self.subject.name, sink, prepared.tokenizer)
         newly_finished = 0
 
         def on_finished(finished: Finished) -> None:

@@ -68,9 +68,9 @@ def result_line(
         "choices": [
             {
                 "index": index,
-                **({"message": {"role": "assistant", "content": choice.text}} if chat else {"text": choice.text}),
+                **({"message": _message(choice, f"{digest}-{index}")} if chat else {"text": choice.text}),
                 "logprobs": _logprobs(choice, chat, token),
-                "finish_reason": choice.finish_reason,
+                "finish_reason": "tool_calls" if choice.tool_calls else choice.finish_reason,
             }
             for index, choice in enumerate(choices)
         ],
@@ -83,6 +83,19 @@ def result_line(
     }
     response = {"status_code": 200, "request_id": f"req_{digest}", "body": body}
     return _batch_line(custom_id, line, response, None, group=group, attempts=1, seed=seed, dedup_of=dedup_of)
+
+
+def _message(choice: Result, digest: str) -> dict[str, Any]:
+    """What the assistant says."""
+    message: dict[str, Any] = {"role": "assistant", "content": choice.text or (None if choice.tool_calls else "")}
+    if choice.reasoning is not None:
+        message["reasoning_content"] = choice.reasoning
+    if choice.tool_calls:
+        message["tool_calls"] = [
+            {"id": f"call_{digest}-{i}", "type": "function", "function": {"name": name, "arguments": arguments}}
+            for i, (name, arguments) in enumerate(choice.tool_calls)
+        ]
+    return message
 
 
 def _logprobs(choice: Result, chat: bool, token: Callable[[int], TokenText] | None) -> dict[str, Any] | None:
