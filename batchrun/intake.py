@@ -154,7 +154,7 @@ def _prompts(line: JobLine, tokenizer: Tokenizer) -> Prompts | LineFault:
     if not tokenizer.has_chat_template:
         return _invalid(line, _NO_TEMPLATE)
     try:
-        return (tokenizer.render_chat(line.messages),)
+        return (tokenizer.render_chat(line.messages, line.tools, line.template_kwargs),)
     except ValueError as refusal:
         return _invalid(line, str(refusal))
 

@@ -529,7 +529,9 @@ class Run:
 
         texts = TextStops(prepared.tokenizer, requests)
         logprobs = LogprobTable(requests)
-        lines = LineCollector(prepared.answers, plan.groups, self.subject.name, sink, prepared.tokenizer, attempts)
+        lines = LineCollector(
+            prepared.answers, requests, plan.groups, self.subject.name, sink, prepared.tokenizer, attempts
+        )
         newly_finished = 0
 
         def on_finished(finished: Finished) -> None:

@@ -60,6 +60,7 @@ class SamplingParams:
     skip_special_tokens: bool = True
     echo: bool = False  # whether the text begins with the prompt
     n: int = 1  # answers to a prompt
+    tool_calls: bool = False  # whether calls of tools are looked for in the text
 
     @property
     def greedy(self) -> bool:
@@ -94,6 +95,7 @@ class LineOptions:
     skip_special_tokens: bool | None = None
     echo: bool | None = None
     n: int | None = None  # answers to each prompt
+    tool_calls: bool | None = None
     truncate_prompt_tokens: int | None = None  # the last so many tokens of a prompt count; -1: as many as fit
     max_tokens: int | None = None  # max_completion_tokens where the line has it, else max_tokens
     seed: int | None = None
@@ -112,6 +114,8 @@ class JobLine:
     endpoint: Endpoint
     options: LineOptions
     messages: tuple[dict[str, Any], ...] | None = None
+    tools: tuple[dict[str, Any], ...] | None = None  # for the chat template, as are the next
+    template_kwargs: dict[str, Any] | None = None
     prompts: tuple[str | tuple[int, ...], ...] | None = None
     model: str | None = None
     unknown_fields: tuple[str, ...] = ()
@@ -309,6 +313,13 @@ class Usage:
     completion_tokens: int
 
 
+class ToolCall(NamedTuple):
+    """A call of a tool; `arguments` is a JSON object as text."""
+
+    name: str
+    arguments: str
+
+
 class TokenText(NamedTuple):
     """What a token stands for: its text, U+FFFD in it where the bytes are no whole character, and its bytes."""
 
@@ -341,3 +352,5 @@ class Result:
     finish_reason: FinishReason
     usage: Usage
     logprobs: Logprobs | None = field(default=None, repr=False)
+    reasoning: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()

@@ -91,9 +91,24 @@ class Tokenizer:
             self._tokens[token_id] = TokenText(text, data)
         return self._tokens[token_id]
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    @property
+    def chat_template(self) -> str | None:
+        """The template's text; None if there is none, or several."""
+        template = self._fast.chat_template
+        return template if isinstance(template, str) else None
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
         """The text of a chat in the chat template, up to where the assistant begins to speak. It has its special
         tokens in it already.
+
+        Args:
+            tools: those that the model may call.
+            variables: further ones of the template.
 
         Raises:
             ValueError: the template does not take these messages; the message says why.
@@ -102,7 +117,13 @@ class Tokenizer:
         from jinja2 import TemplateSyntaxError
 
         try:
-            return self._fast.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+            return self._fast.apply_chat_template(
+                list(messages),
+                tools=list(tools) if tools else None,
+                tokenize=False,
+                add_generation_prompt=True,
+                **(variables or {}),
+            )
         except TemplateSyntaxError as error:
             raise UsageError(
                 f"The chat template is not valid Jinja: line {error.lineno}: {error.message}.",

@@ -165,8 +165,8 @@ A line without an id is `line-<number>`. `url` is {endpoints}, line by line; in 
 `messages` stands for the first and `prompt` for the second.
 
 - `messages`: roles are {roles} (`developer` is read as `system`); `content` is a text or a list of
-  `{"type": "text"}` parts, which are joined with nothing between them; `name` and `tool_call_id` are passed on. The
-  model's chat template makes the prompt. A message with `tool_calls` is that line's error.
+  `{"type": "text"}` parts, which are joined with nothing between them; `name`, `tool_call_id` and an assistant's
+  `tool_calls` are passed on (their arguments as objects). The model's chat template makes the prompt.
 - `prompt`: a text, a list of texts, a list of token ids, or a list of such lists. A line with several prompts gives one
   result line with as many choices. Token ids are taken as they are.
 - A field that is `null` is as good as absent.
@@ -187,6 +187,10 @@ MEANINGS = {
     "truncate_prompt_tokens": "Only the last so many tokens of the prompt count; -1: as many as leave room to answer.",
     "logprobs": "In a chat true or false, in a completion the number of alternatives: log-probabilities of the "
     "answer's tokens by the model's own distribution, before penalties, temperature and whatever cuts it.",
+    "tools": "Functions that the model may call: the chat template gets them, and calls in the answer become "
+    "`message.tool_calls`.",
+    "tool_choice": "`none` is as if there were no `tools`.",
+    "chat_template_kwargs": "Further variables of the chat template.",
     "top_logprobs": "Of a chat with `logprobs`: likeliest tokens to name at each place.",
     "echo": "Of a completion: its text begins with the prompt. Not together with `logprobs`.",
 }

@@ -28,7 +28,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": {"request"},
     "formats": {"errors", "request", "report.records", "schedule.step"},
     "tokenizer": {"errors", "request", "tokens"},
+    "chat": {"request"},
     "execution": {
+        "chat",
         "errors",
         "request",
         "prefix",

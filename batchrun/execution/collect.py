@@ -8,12 +8,15 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
+from batchrun.chat import ChatReader
 from batchrun.formats.results import result_line, unrun_line
 from batchrun.formats.rundir import ResultSink
 from batchrun.prefix.groups import PrefixGroups
-from batchrun.request import Answers, FinishReason, Logprobs, Result, Usage
+from batchrun.request import Answers, Endpoint, FinishReason, Logprobs, Requests, Result, Usage
 from batchrun.schedule.scheduler import Finished
 from batchrun.tokenizer import Tokenizer
+
+_PROMPT_END = 16  # tokens of a prompt that tell whether it ends in a thought
 
 
 class LineCollector:
@@ -23,6 +26,7 @@ class LineCollector:
     def __init__(
         self,
         answers: Answers,
+        requests: Requests,
         groups: PrefixGroups,
         model: str,
         sink: ResultSink,
@@ -31,8 +35,10 @@ class LineCollector:
     ) -> None:
         """`attempts`: int64 `[N]`, how often each line was tried before."""
         self._answers = answers
+        self._requests = requests
         self._tokenizer = tokenizer
         self._attempts = attempts
+        self._reader = ChatReader(tokenizer.chat_template)
         self._groups = groups
         self._model = model
         self._sink = sink
@@ -51,7 +57,10 @@ class LineCollector:
         for row in rows:
             cached = finished.cached_tokens if row == rows[0] else prompt_tokens
             usage = Usage(prompt_tokens, cached, finished.token_ids.size)
-            self._add(Result(row, text, finished.token_ids, reason, usage, logprobs))
+            result = Result(row, text, finished.token_ids, reason, usage, logprobs)
+            if self._answers.endpoints[self._answers.line[row]] is Endpoint.CHAT:
+                result = self._taken_apart(finished, result)
+            self._add(result)
         return len(rows)
 
     def fail(self, request: int, code: str, message: str, *, attempts: int) -> int:
@@ -64,6 +73,23 @@ class LineCollector:
             self._sink.write_error(unrun_line(answers.custom_ids[line], number, code, message, attempts=tried))
         self._failed |= lines
         return len(lines)
+
+    def _taken_apart(self, finished: Finished, result: Result) -> Result:
+        """The answer of a chat, with what is no text of it apart."""
+        requests, decode = self._requests, self._tokenizer.decode
+        sampling = requests.sampling[requests.sampling_id[finished.request]]
+        whole = None
+        if sampling.tool_calls:
+            # Where a stop string has cut the text, what it cut off is no part of it.
+            by_text = result.finish_reason is FinishReason.STOP and not finished.ended
+            ids = finished.token_ids[:-1] if finished.ended else finished.token_ids
+            whole = result.text if by_text else decode(ids.tolist(), skip_special_tokens=False)
+        in_thought = False
+        if self._reader.thinks:
+            end = requests.tokens[finished.request][-_PROMPT_END:]
+            in_thought = self._reader.begins_in_thought(decode(end.tolist(), skip_special_tokens=False))
+        read = self._reader.read(result.text, whole, in_thought=in_thought)
+        return replace(result, text=read.content, reasoning=read.reasoning, tool_calls=read.tool_calls)
 
     def _rows(self, request: int) -> list[int]:
         rows: list[int] = self._by_request[self._begin[request] : self._begin[request + 1]].tolist()

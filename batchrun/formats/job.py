@@ -340,7 +340,7 @@ def _read_line(number: int, line: bytes, first_line: Callable[[str, int], int]) 
         else:
             endpoint, body = _plain_form(row)
             hints = {}
-        content, options, model = _read_body(endpoint, body, hints, unknown)
+        content, options, model, for_template = _read_body(endpoint, body, hints, unknown)
     except _Fault as fault:
         param = prefix + fault.param if fault.param else None
         return LineFault(number, custom_id, fault.code, str(fault), param)
@@ -351,6 +351,8 @@ def _read_line(number: int, line: bytes, first_line: Callable[[str, int], int]) 
         endpoint=endpoint,
         options=options,
         messages=content if chat else None,
+        tools=for_template.get("tools"),
+        template_kwargs=for_template.get("chat_template_kwargs"),
         prompts=None if chat else content,
         model=model,
         unknown_fields=tuple(unknown),
@@ -417,14 +419,14 @@ def _plain_form(row: dict[str, Any]) -> tuple[Endpoint, dict[str, Any]]:
 
 def _read_body(
     endpoint: Endpoint, body: dict[str, Any], hints: dict[str, Any], unknown: list[str]
-) -> tuple[tuple[Any, ...], LineOptions, str | None]:
+) -> tuple[tuple[Any, ...], LineOptions, str | None, dict[str, Any]]:
     """Check every field, in the line's own order; null is as good as absent.
 
     Args:
         hints: those that stand beside the body; they win over those in it.
 
     Returns:
-        The messages or the prompts, the options and the model.
+        The messages or the prompts, the options, the model, and what the chat template is given besides.
     """
     content_field, read_content = _CONTENT[endpoint]
     checks = _CHECKS | _OF_ENDPOINT[endpoint]
@@ -452,15 +454,22 @@ def _read_body(
     model = found.pop("model", None)
     if (max_completion_tokens := found.pop("max_completion_tokens", None)) is not None:
         found["max_tokens"] = max_completion_tokens
+    for_template: dict[str, Any] = {
+        name: found.pop(name) for name in ("tools", "chat_template_kwargs") if name in found
+    }
     if endpoint is Endpoint.CHAT:
         _chat_logprobs(found)
+        if found.pop("tool_choice", "auto") == "none":
+            for_template.pop("tools", None)
+        if for_template.get("tools"):
+            found["tool_calls"] = True
     elif found.get("echo") and found.get("logprobs") is not None:
         message = "echo with logprobs asks for logprobs of the prompt; " + _NO_PROMPT_LOGPROBS
         raise _Fault("unsupported_field", "echo", message)
     options = _options((*found.items(), *hints.items()))
     if options.min_tokens and options.max_tokens and options.min_tokens > options.max_tokens:
         raise _invalid("min_tokens", options.min_tokens, f"at most max_tokens ({options.max_tokens})")
-    return content, options, model
+    return content, options, model, for_template
 
 
 def _chat_logprobs(found: dict[str, Any]) -> None:
@@ -534,14 +543,70 @@ def _message(path: str, message: Any, unknown: list[str]) -> dict[str, Any]:
     for name, value in message.items():
         if name in _MESSAGE_FIELDS or value is None or value in ([], {}):
             continue
+        if name == "tool_calls" and role == "assistant":
+            continue
         if name in ("tool_calls", "function_call", "audio"):
             raise _Fault("unsupported_field", f"{path}.{name}", f"{path}.{name} is not supported yet")
         unknown.append(f"messages.{_name(name)}")
-    read = {"role": _ROLES[role], "content": _content(f"{path}.content", message.get("content"))}
+    calls = message.get("tool_calls") if role == "assistant" else None
+    content = message.get("content")
+    read: dict[str, Any] = {"role": _ROLES[role]}
+    # An assistant that calls tools need not say anything.
+    read["content"] = "" if calls and content is None else _content(f"{path}.content", content)
+    if calls:
+        read["tool_calls"] = _tool_calls(f"{path}.tool_calls", calls)
     for name in ("name", "tool_call_id"):
         if (value := message.get(name)) is not None:
             read[name] = _text(f"{path}.{name}", value)
     return read
+
+
+def _tool_calls(path: str, calls: Any) -> list[dict[str, Any]]:
+    """Calls of an earlier turn, their arguments as objects: so templates want them."""
+    if type(calls) is not list:
+        raise _invalid(path, calls, "a list of calls")
+    read = []
+    for i, call in enumerate(calls):
+        function = call.get("function") if type(call) is dict else None
+        if type(function) is not dict or type(function.get("name")) is not str:
+            raise _invalid(f"{path}[{i}]", call, 'an object like {"function": {"name": ..., "arguments": ...}}')
+        arguments = function.get("arguments", {})
+        if type(arguments) is str:
+            try:
+                arguments = orjson.loads(arguments or "{}")
+            except orjson.JSONDecodeError:
+                raise _invalid(f"{path}[{i}].function.arguments", arguments, "a JSON object as text") from None
+        if type(arguments) is not dict:
+            raise _invalid(f"{path}[{i}].function.arguments", arguments, "a JSON object as text")
+        one = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+        read.append(({"id": call["id"]} if type(call.get("id")) is str else {}) | one)
+    return read
+
+
+def _tools(name: str, value: Any) -> tuple[dict[str, Any], ...]:
+    if type(value) is not list:
+        raise _invalid(name, value, "a list of functions")
+    for i, tool in enumerate(value):
+        function = tool.get("function") if type(tool) is dict and tool.get("type") == "function" else None
+        if type(function) is not dict or type(function.get("name")) is not str or not function["name"]:
+            raise _invalid(f"{name}[{i}]", tool, 'an object like {"type": "function", "function": {"name": ...}}')
+    return tuple(value)
+
+
+def _tool_choice(name: str, value: Any) -> str:
+    if value in ("none", "auto"):
+        return str(value)
+    if value == "required" or type(value) is dict:
+        raise _Fault("unsupported_field", name, f'{name} {_shown(value)} is not supported yet, only "auto" and "none"')
+    raise _invalid(name, value, '"auto" or "none"')
+
+
+def _template_kwargs(name: str, value: Any) -> dict[str, Any]:
+    if type(value) is not dict:
+        raise _invalid(name, value, "an object")
+    if taken := sorted(value.keys() & _TEMPLATE_ARGUMENTS):
+        raise _invalid(f"{name}.{taken[0]}", value[taken[0]], "left out: it is not the template's")
+    return value
 
 
 def _content(path: str, content: Any) -> str:
@@ -675,6 +740,12 @@ _ENDPOINTS = {str(endpoint): endpoint for endpoint in Endpoint}
 _ENVELOPE = {"custom_id", "method", "url", "body", "batchrun"}
 _PLAIN_ROLES = ("system", "user", "assistant", "tool")
 _ROLES = {role: role for role in _PLAIN_ROLES} | {"developer": "system"}
+# Arguments of transformers' apply_chat_template, which are not variables of a template.
+_TEMPLATE_ARGUMENTS = {
+    *("conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt"),
+    *("continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs", "processor_kwargs"),
+}
 _MESSAGE_FIELDS = {"role", "content", "name", "tool_call_id"}
 
 _CONTENT: dict[Endpoint, tuple[str, Callable[[Any, list[str]], tuple[Any, ...]]]] = {
@@ -706,7 +777,13 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "truncate_prompt_tokens": _truncate,
 }
 _OF_ENDPOINT: dict[Endpoint, dict[str, Callable[[str, Any], Any]]] = {
-    Endpoint.CHAT: {"logprobs": _boolean, "top_logprobs": _integer(0, MAX_LOGPROBS)},
+    Endpoint.CHAT: {
+        "logprobs": _boolean,
+        "top_logprobs": _integer(0, MAX_LOGPROBS),
+        "tools": _tools,
+        "tool_choice": _tool_choice,
+        "chat_template_kwargs": _template_kwargs,
+    },
     Endpoint.COMPLETIONS: {"logprobs": _completion_logprobs, "echo": _boolean},
 }
 

@@ -70,9 +70,9 @@ def result_line(
         "choices": [
             {
                 "index": index,
-                **({"message": {"role": "assistant", "content": choice.text}} if chat else {"text": choice.text}),
+                **({"message": _message(choice, f"{digest}-{index}")} if chat else {"text": choice.text}),
                 "logprobs": _logprobs(choice, chat, token),
-                "finish_reason": choice.finish_reason,
+                "finish_reason": "tool_calls" if choice.tool_calls else choice.finish_reason,
             }
             for index, choice in enumerate(choices)
         ],
@@ -85,6 +85,19 @@ def result_line(
     }
     response = {"status_code": 200, "request_id": f"req_{digest}", "body": body}
     return _batch_line(custom_id, line, response, None, group=group, attempts=attempts, seed=seed, dedup_of=dedup_of)
+
+
+def _message(choice: Result, digest: str) -> dict[str, Any]:
+    """What the assistant says."""
+    message: dict[str, Any] = {"role": "assistant", "content": choice.text or (None if choice.tool_calls else "")}
+    if choice.reasoning is not None:
+        message["reasoning_content"] = choice.reasoning
+    if choice.tool_calls:
+        message["tool_calls"] = [
+            {"id": f"call_{digest}-{i}", "type": "function", "function": {"name": name, "arguments": arguments}}
+            for i, (name, arguments) in enumerate(choice.tool_calls)
+        ]
+    return message
 
 
 def _logprobs(choice: Result, chat: bool, token: Callable[[int], TokenText] | None) -> dict[str, Any] | None:
@@ -224,6 +237,18 @@ class Told:
     error: str | None
 
 
+def _said(message: dict[str, Any]) -> str:
+    """All that a message says: what it thought and the tools that it calls are as much of it as its text."""
+    thought, calls = message.get("reasoning_content"), message.get("tool_calls")
+    text: str = message["content"] if message["content"] is not None or not calls else ""
+    thought = f"<think>{thought}</think>" if thought is not None else ""
+    return (
+        thought
+        + text
+        + "".join(f"\n{call['function']['name']}({call['function']['arguments']})" for call in calls or ())
+    )
+
+
 def read_told(raw: bytes) -> Told:
     """Read a result or error line.
 
@@ -234,7 +259,7 @@ def read_told(raw: bytes) -> Told:
     entry = orjson.loads(raw)
     try:
         choices = entry["response"]["body"]["choices"] if code is None else []
-        texts = tuple(choice["message"]["content"] if "message" in choice else choice["text"] for choice in choices)
+        texts = tuple(_said(choice["message"]) if "message" in choice else choice["text"] for choice in choices)
         reasons = tuple(choice["finish_reason"] for choice in choices)
         custom_id = entry["custom_id"]
     except (KeyError, TypeError) as error:

@@ -288,8 +288,8 @@ BAD_LINES = {
     ),
     "tool calls": (
         chat(messages=[{"role": "assistant", "content": None, "tool_calls": [{"id": "c1"}]}]),
-        "unsupported_field",
-        "body.messages[0].tool_calls",
+        "invalid_request",
+        "body.messages[0].tool_calls[0]",
     ),
     "image part": (
         chat(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),
@@ -356,7 +356,6 @@ NOT_BUILT = {
     "stream": True,
     "prompt_logprobs": 0,
     "response_format": {"type": "json_object"},
-    "tools": [{"type": "function"}],
     "tool_choice": "required",
     "functions": [{"name": "f"}],
     "function_call": {"name": "f"},
@@ -365,7 +364,6 @@ NOT_BUILT = {
     "guided_regex": "a+",
     "guided_choice": ["a"],
     "guided_grammar": "root ::= 'a'",
-    "chat_template_kwargs": {"enable_thinking": False},
     "reasoning_effort": "low",
     "modalities": ["text", "audio"],
     "audio": {"voice": "alloy"},
@@ -382,6 +380,33 @@ def test_field_that_is_not_built_is_refused_by_name(tmp_path, name, value):
         found = fault(tmp_path, line)
         assert (found.code, found.param) == ("unsupported_field", param)
         assert name in found.message
+
+
+def test_tools_and_what_else_the_template_gets(tmp_path):
+    tool = {"type": "function", "function": {"name": "clock", "parameters": {"type": "object"}}}
+    line = sound(tmp_path, chat(tools=[tool], chat_template_kwargs={"enable_thinking": False}))
+    assert (line.tools, line.template_kwargs, line.options.tool_calls) == ((tool,), {"enable_thinking": False}, True)
+    line = sound(tmp_path, chat(tools=[tool], tool_choice="none"))
+    assert (line.tools, line.options.tool_calls) == (None, None)
+    call = {"id": "c1", "type": "function", "function": {"name": "clock", "arguments": '{"zone": "UTC"}'}}
+    turns = [HELLO, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    read = {"id": "c1", "type": "function", "function": {"name": "clock", "arguments": {"zone": "UTC"}}}
+    said = {"role": "assistant", "content": "", "tool_calls": [read]}
+    assert sound(tmp_path, chat(messages=turns)).messages == (HELLO, said)
+    for field, value, param in (
+        ("tools", [{"type": "function"}], "body.tools[0]"),
+        ("tools", {"type": "function"}, "body.tools"),
+        ("tool_choice", 5, "body.tool_choice"),
+        ("chat_template_kwargs", ["a"], "body.chat_template_kwargs"),
+        ("chat_template_kwargs", {"messages": []}, "body.chat_template_kwargs.messages"),
+        ("messages", [{**said, "tool_calls": "x"}], "body.messages[0].tool_calls"),
+        (
+            "messages",
+            [{**said, "tool_calls": [{"function": {"name": "a", "arguments": "[1"}}]}],
+            "body.messages[0].tool_calls[0].function.arguments",
+        ),
+    ):
+        assert fault(tmp_path, chat(**{field: value})).param == param
 
 
 def test_true_is_not_one(tmp_path):

@@ -1,0 +1,192 @@
+"""Answers of chats taken apart: thinking, and calls of tools, as the common families of models write them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from openai.types.chat import ChatCompletion
+from transformers import AutoTokenizer
+
+import batchrun
+from batchrun.chat import ChatAnswer, ChatReader
+from batchrun.request import ToolCall
+
+HERMES = "{%- if tools %}<tool_call>{%- endif %}"
+LLAMA = """{%- if tools is not none %}Environment: ipython {"name": ..., "parameters": ...}{%- endif %}"""
+MISTRAL = "{%- if tool_calls %}[TOOL_CALLS]{%- endif %}"
+WEATHER = ToolCall("weather", '{"city": "Zürich"}')
+CLOCK = ToolCall("clock", "{}")
+
+
+def read(template: str, text: str, *, in_thought: bool = False) -> ChatAnswer:
+    return ChatReader(template).read(text, text, in_thought=in_thought)
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "content", "calls"),
+    [
+        (HERMES, '<tool_call>\n{"name": "weather", "arguments": {"city": "Zürich"}}\n</tool_call>', "", [WEATHER]),
+        (
+            HERMES,
+            'I look.\n<tool_call>{"name": "clock", "arguments": {}}</tool_call>\n'
+            '<tool_call>{"name": "weather", "arguments": "{\\"city\\": \\"Zürich\\"}"}',  # ended by its end
+            "I look.",
+            [CLOCK, WEATHER],
+        ),
+        (LLAMA, '{"name": "weather", "parameters": {"city": "Zürich"}}', "", [WEATHER]),
+        (LLAMA, '<|python_tag|>{"name": "clock", "parameters": {}}; {"name": "clock"}<|eom_id|>', "", [CLOCK, CLOCK]),
+        (
+            MISTRAL,
+            '[TOOL_CALLS][{"name": "weather", "arguments": {"city": "Zürich"}}, {"name": "clock"}]',
+            "",
+            [WEATHER, CLOCK],
+        ),
+        (
+            MISTRAL,
+            'Well.[TOOL_CALLS]weather[ARGS]{"city": "Zürich"}[TOOL_CALLS]clock[CALL_ID]a1[ARGS]{}',
+            "Well.",
+            [WEATHER, CLOCK],
+        ),
+    ],
+)
+def test_calls_of_tools(template, text, content, calls):
+    assert read(template, text) == ChatAnswer(content, None, tuple(calls))
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        (HERMES, "No call."),
+        (HERMES, "<tool_call>{not json}</tool_call>"),
+        (HERMES, '<tool_call>{"name": 5}</tool_call>'),
+        (HERMES, '<tool_call>{"name": "a", "arguments": [1]}</tool_call>'),
+        (HERMES, '<tool_call>{"name": "a"}</tool_call><tool_call>{"name": "b", "argu'),
+        (LLAMA, 'The answer is {"name": "clock"}'),
+        (LLAMA, '{"name": "clock"} and more'),
+        (LLAMA, "[" * 100_000),
+        (MISTRAL, "[TOOL_CALLS]"),
+        (MISTRAL, "[TOOL_CALLS][1]"),
+        (MISTRAL, '[TOOL_CALLS]a[ARGS]{"b": 1'),
+        ("", '<tool_call>{"name": "clock"}</tool_call>'),
+    ],
+)
+def test_what_is_no_call_is_text(template, text):
+    assert read(template, text) == ChatAnswer(text, None, ())
+
+
+def test_without_tools_nothing_is_looked_for():
+    text = '<tool_call>{"name": "clock"}</tool_call>'
+    assert ChatReader(HERMES).read(text, None, in_thought=False) == ChatAnswer(text, None, ())
+
+
+THINKS = "{{ content.split('</think>')[-1] }}"
+
+
+@pytest.mark.parametrize(
+    ("text", "in_thought", "reasoning", "content"),
+    [
+        ("<think>\nIt rains.\n</think>\n\nTake a coat.", False, "It rains.", "Take a coat."),
+        ("\nIt rains.\n</think>\nTake a coat.", True, "It rains.", "Take a coat."),
+        ("<think>\n\n</think>\n\nHello", False, "", "Hello"),
+        ("<think>cut off at the li", False, "cut off at the li", ""),
+        ("cut off at the li", True, "cut off at the li", ""),
+        ("Hello", False, None, "Hello"),
+        ("Of </think> one may write.", False, None, "Of </think> one may write."),
+    ],
+)
+def test_thinking(text, in_thought, reasoning, content):
+    assert read(THINKS, text, in_thought=in_thought) == ChatAnswer(content, reasoning, ())
+    assert read("", text) == ChatAnswer(text, None, ())
+
+
+def test_thinking_comes_before_calls():
+    text = '<think>Which tool?</think>\n<tool_call>{"name": "clock"}</tool_call>'
+    assert read(HERMES + THINKS, text) == ChatAnswer("", "Which tool?", (CLOCK,))
+
+
+def test_whether_a_prompt_ends_in_a_thought():
+    assert ChatReader(THINKS).begins_in_thought("<|assistant|>\n<think>\n")
+    assert not ChatReader(THINKS).begins_in_thought("<think>\n\n</think>\n\n")
+    assert not ChatReader(HERMES).begins_in_thought("<think>\n")
+
+
+# --- through a whole run
+
+TOOL = {"type": "function", "function": {"name": "clock", "parameters": {"type": "object", "properties": {}}}}
+TEMPLATE = (
+    "{%- for tool in tools or [] %}tool {{ tool.function.name }} <tool_call>\n{%- endfor %}"
+    "{%- for message in messages %}{{ message.role }}: {{ message.content }}"
+    "{%- for call in message.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{%- endfor %}"
+    "{{ '\\n' }}"
+    "{%- endfor %}assistant:{{ '<think>' if think else '' }}{# </think> #}"
+)
+
+
+@pytest.fixture
+def run(model_dir, tmp_path):
+    def call(lines: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        path, template = tmp_path / "jobs.jsonl", tmp_path / "template.jinja"
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        template.write_text(TEMPLATE)
+        out = tmp_path / "out.run"
+        batchrun.run(path, model=str(model_dir()), out=out, chat_template=str(template), fresh=True)
+        found = [
+            json.loads(line)
+            for name in ("results.jsonl", "errors.jsonl")
+            for line in (out / name).read_text().splitlines()
+        ]
+        return {line["custom_id"]: line["response"]["body"] for line in found}
+
+    return call
+
+
+def test_tools_and_variables_reach_the_template(run, model_dir):
+    tokenizer = AutoTokenizer.from_pretrained(model_dir())
+    user = {"role": "user", "content": "What time is it?"}
+    call = {"id": "c1", "type": "function", "function": {"name": "clock", "arguments": '{"zone": "UTC"}'}}
+    greedy = {"temperature": 0, "max_tokens": 4, "ignore_eos": True}
+    rendered = {
+        "plain": "user: What time is it?\nassistant:",
+        "tools": "tool clock <tool_call>user: What time is it?\nassistant:",
+        "none": "user: What time is it?\nassistant:",
+        "variables": "user: What time is it?\nassistant:<think>",
+        "turns": 'user: What time is it?\nassistant: <tool_call>{"name": "clock", "arguments": {"zone": "UTC"}}'
+        "</tool_call>\ntool: noon\nassistant:",
+    }
+    messages = [
+        user,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "noon", "tool_call_id": "c1"},
+    ]
+    found = run(
+        [
+            {"id": "plain", "messages": [user], **greedy},
+            {"id": "tools", "messages": [user], "tools": [TOOL], **greedy},
+            {"id": "none", "messages": [user], "tools": [TOOL], "tool_choice": "none", **greedy},
+            {"id": "variables", "messages": [user], "chat_template_kwargs": {"think": True}, **greedy},
+            {"id": "turns", "messages": messages, **greedy},
+            *(
+                {"id": f"text {name}", "prompt": tokenizer.encode(text, add_special_tokens=False), **greedy}
+                for name, text in rendered.items()
+            ),
+            {"id": "required", "messages": [user], "tools": [TOOL], "tool_choice": "required"},
+            {"id": "taken", "messages": [user], "chat_template_kwargs": {"tokenize": True}},
+            {"id": "odd", "messages": [user], "tools": [{"name": "clock"}]},
+        ]
+    )
+    for name in rendered:
+        chat, text = (found[key] for key in (name, f"text {name}"))
+        assert chat["usage"]["prompt_tokens"] == text["usage"]["prompt_tokens"], name
+        message = ChatCompletion.model_validate(chat, strict=True).choices[0].message
+        said = text["choices"][0]["text"]
+        assert (message.content, chat["choices"][0]["message"].get("reasoning_content")) == (
+            ("", said.strip("\n")) if name == "variables" else (said, None)
+        )
+    errors = {name: found[name]["error"] for name in ("required", "taken", "odd")}
+    assert {name: (error["code"], error["param"]) for name, error in errors.items()} == {
+        "required": ("unsupported_field", "tool_choice"),
+        "taken": ("invalid_request", "chat_template_kwargs.tokenize"),
+        "odd": ("invalid_request", "tools[0]"),
+    }
