@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from batchrun import check, config, status
+from batchrun import bench, check, config, status
 from batchrun.cli import app
 from batchrun.errors import ExitCode
 from batchrun.formats import job, plan, results, rundir, watch
@@ -294,6 +294,7 @@ def _formats() -> str:
         _columns(Step, ("sequence", "request", "start", "length", "samples")),
         *_document("batchrun check --json", check.Checked, LineFault, check.Lengths),
         *_document("batchrun status --json", status.RunProgress, watch.Holder),
+        *_document("batchrun bench --json", bench.Bench, bench.Benched, bench.Timed),
     )
 
 

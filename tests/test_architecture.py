@@ -75,18 +75,30 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "check": {"config", "errors", "formats", "intake", "prepare", "report.records", "request", "subject", "tokenizer"},
     "status": {"errors", "formats", "report.records"},
+    "workloads": {"errors"},
+    "bench": {
+        "config",
+        "errors",
+        "formats.rundir",
+        "pipeline",
+        "planning.order",
+        "report.records",
+        "report.wording",
+        "subject",
+        "workloads",
+    },
     "cli": {"errors"},
 }
 # What may be imported besides inside functions (to keep the start light), and for type checking alone.
 LATER: dict[str, set[str]] = {
     "": {"pipeline"},  # batchrun/__init__.py
-    "cli": {"check", "config", "formats.results", "formats.rundir", "pipeline", "report", "status"},
+    "cli": {"bench", "check", "config", "formats.results", "formats.rundir", "pipeline", "report", "status"},
     "pipeline": {"engine"},
 }
 FOR_TYPES: dict[str, set[str]] = {
     "pipeline": {"engine"},
     "": {"pipeline"},
-    "report": {"check", "formats.plan", "pipeline", "prefix", "status"},
+    "report": {"bench", "check", "formats.plan", "pipeline", "prefix", "status"},
 }
 
 # Who may use which library: when loaded, or only inside functions.
