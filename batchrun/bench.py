@@ -18,7 +18,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from batchrun.config import RunConfig, SamplingConfig, nearest
-from batchrun.errors import BatchrunError, ExitCode, Stopped, UsageError
+from batchrun.errors import BatchrunError, ExitCode, NothingRunnable, Stopped, UsageError
+from batchrun.formats.plan import PlanFile
 from batchrun.formats.rundir import document, output_errors, write_json_atomic
 from batchrun.pipeline import plan_job, run_job, start_engine
 from batchrun.planning.order import CANDIDATES
@@ -117,7 +118,7 @@ def run_bench(
     names: Sequence[str] = (),
     *,
     size: str | None = None,
-    scale: float = 1.0,
+    scale: float = 0.5,
     repeats: int = 3,
     all_orders: bool = False,
     out: Path | None = None,
@@ -210,17 +211,26 @@ class _Case:
         with output_errors(self.job):
             write_job(self.job, made)
         self.ways = [(SHARED, config.schedule_order), (UNSHARED, config.schedule_order)]
-        planned = [plan_job(str(self.job), self._config(way)) for way in (0, 1)]
-        for plan in planned:
-            if plan.faults:
-                raise UsageError(
-                    f"The workload {self.name} does not fit: {plan.faults[0].message}.", hint="Choose others."
-                )
+        planned = [self._plan(way) for way in (0, 1)]
         others = CANDIDATES if all_orders else (_INPUT,) if made.kv_tokens is not None else ()
-        taken = planned[0].plan.schedule_order
+        taken = planned[0].schedule_order
         self.ways += [(SHARED, order) for order in others if order != taken]
-        shared, unshared = (plan.plan.expected.seconds for plan in planned)
+        shared, unshared = (plan.expected.seconds for plan in planned)
         self.expected = unshared + shared * (len(self.ways) - 1)
+
+    def _plan(self, way: int) -> PlanFile:
+        """What it is expected to do, seen to fit: a run of a part of it would be no measurement."""
+        try:
+            planned = plan_job(str(self.job), self._config(way))
+            refused = planned.faults[0].message if planned.faults else None
+        except NothingRunnable as refusal:
+            refused = refusal.message
+        if refused is not None:
+            raise UsageError(
+                f"The workload {self.name} does not fit: {refused}",
+                hint="Give more --kv-memory, or choose other workloads.",
+            )
+        return planned.plan
 
     def measure(self, engine: Any, repeats: int, tell: Callable[[str], None]) -> Benched:
         """Run it in each way in turn, so that a slow spell of the machine hits all of them."""

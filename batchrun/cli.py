@@ -317,8 +317,11 @@ def bench(
         str | None, typer.Option("--size", help="cpu or gpu: lengths and numbers; those for the device if not given.")
     ] = None,
     scale: Annotated[
-        float, typer.Option("--scale", metavar="X", help="So many times as many groups, such as 0.25 or 4.")
-    ] = 1.0,
+        float,
+        typer.Option(
+            "--scale", metavar="X", help="Of the number of groups or requests; 1 is what docs/benchmarks measures."
+        ),
+    ] = 0.5,
     repeats: Annotated[int, typer.Option("--repeats", metavar="N", help="Runs of each workload in each way.")] = 3,
     all_orders: Annotated[
         bool, typer.Option("--all-orders", help="Compare schedule orders on all workloads, and all that auto tries.")

@@ -79,6 +79,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "bench": {
         "config",
         "errors",
+        "formats.plan",
         "formats.rundir",
         "pipeline",
         "planning.order",

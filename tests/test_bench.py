@@ -94,7 +94,7 @@ def test_orders_are_compared_where_memory_is_tight(measured):
     assert micro.shared.report.kv.pages > kv.pages
     assert pressure.shared.report.schedule_order != "input"
     assert [(timed.grouping, timed.report.schedule_order) for timed in pressure.orders] == [("auto", "input")]
-    assert pressure.orders[0].report.kv == kv
+    assert pressure.orders[0].report.kv.pages == kv.pages
     assert pressure.orders[0].report.tokens.prompt_computed > pressure.shared.report.tokens.prompt_computed
 
 
@@ -150,7 +150,7 @@ def test_nothing_is_left_behind_unless_it_is_asked_for(small, scratch):
 def test_failed_requests_are_no_measurement(small, scratch, tmp_path, ours):
     if not ours:
         (tmp_path / "out").mkdir()
-    limits = small.limits.model_copy(update={"request_timeout": 1e-6})
+    limits = small.limits.model_copy(update={"request_timeout": "0.000001"})
     with pytest.raises(BatchrunError, match=r"requests of micro failed: request_timeout \(\d+\)") as caught:
         run_bench(small.model_copy(update={"limits": limits}), ["micro"], scale=0.1, repeats=1, out=tmp_path / "out")
     assert caught.value.code == "requests_failed"
@@ -160,7 +160,7 @@ def test_failed_requests_are_no_measurement(small, scratch, tmp_path, ours):
 
 
 def test_a_limit_of_the_configuration_stops_it(small, scratch):
-    limits = small.limits.model_copy(update={"timeout": 1e-6})
+    limits = small.limits.model_copy(update={"timeout": "0.000001"})
     with pytest.raises(Stopped, match="A limit of the configuration"):
         run_bench(small.model_copy(update={"limits": limits}), ["micro"], scale=0.1, repeats=1)
     assert not list(scratch.iterdir())
@@ -168,7 +168,7 @@ def test_a_limit_of_the_configuration_stops_it(small, scratch):
 
 def test_a_workload_that_does_not_fit_into_memory_is_refused_before_a_model_is_loaded(small, monkeypatch):
     monkeypatch.setattr(engine_model, "load_model", lambda *args: pytest.fail("loaded"))
-    with pytest.raises(UsageError, match="The workload micro does not fit: prompt and answer may take"):
+    with pytest.raises(UsageError, match=r"The workload micro does not fit: .* prompt and answer may take"):
         run_bench(small.model_copy(update={"kv_memory": 1 << 14}), ["micro"], scale=0.1)
 
 
