@@ -365,18 +365,18 @@ def bench(
                 enforce_eager=enforce_eager, deterministic=deterministic, revision=revision,
             ),
         )  # fmt: skip
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was begun is cleared away
         console = _console(stderr=True)
-        measured = run_bench(
-            settings,
-            workload or (),
-            size=size,
-            scale=scale,
-            repeats=repeats,
-            all_orders=all_orders,
-            out=out,
-            tell=lambda line: None if quiet else console.print(line, style="dim", soft_wrap=True),
-        )
+        with _interrupted_by_sigterm():
+            measured = run_bench(
+                settings,
+                workload or (),
+                size=size,
+                scale=scale,
+                repeats=repeats,
+                all_orders=all_orders,
+                out=out,
+                tell=lambda line: None if quiet else console.print(line, style="dim", soft_wrap=True),
+            )
         if json:
             _write(encode_json(document(measured), indent=True))
         else:
@@ -434,6 +434,16 @@ class _Terminal:
 
     def step(self, rows: int, sampled: int, finished: int) -> None:
         self._progress.advance(rows, sampled, finished)
+
+
+@contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """SIGTERM is as good as a Ctrl-C: what was begun is cleared away."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
