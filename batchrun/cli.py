@@ -457,6 +457,88 @@ def diff(
         sys.exit(compared.exit_code)
 
 
+@app.command()
+def bench(
+    model: Model = None,
+    workload: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--workload",
+            "-w",
+            metavar="NAME",
+            help="micro, pressure, tree, none, mixed, skew or many; again for more. All but many if not given.",
+        ),
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option("--size", help="cpu or gpu: lengths and numbers; those for the device if not given.")
+    ] = None,
+    scale: Annotated[
+        float,
+        typer.Option(
+            "--scale", metavar="X", help="Of the number of groups or requests; 1 is what docs/benchmarks measures."
+        ),
+    ] = 0.5,
+    repeats: Annotated[int, typer.Option("--repeats", metavar="N", help="Runs of each workload in each way.")] = 3,
+    all_orders: Annotated[
+        bool, typer.Option("--all-orders", help="Compare schedule orders on all workloads, and all that auto tries.")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="DIR",
+            help="Keep the jobs, the run directories and bench.json in this new directory.",
+        ),
+    ] = None,
+    config: Config = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    kv_memory: KvMemory = None,
+    device_spec: DeviceSpec = None,
+    enforce_eager: EnforceEager = False,
+    deterministic: Deterministic = False,
+    revision: Revision = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Tell nothing of single runs.")] = False,
+    json: Json = False,
+) -> None:
+    """Measure standard workloads with a model on a device: with shared prefixes computed once and without.
+
+    Runs are those of batchrun run, in a temporary directory. The model is loaded once. docs/bench.md says how to read
+    the figures.
+    """
+    with _failures(json):
+        from batchrun.bench import run_bench
+        from batchrun.config import load_config
+        from batchrun.formats.results import encode_json
+        from batchrun.formats.rundir import document
+        from batchrun.report.tables import print_bench
+
+        settings = load_config(
+            config,
+            **_given(
+                model=model, device=device, dtype=dtype, kv_memory=kv_memory, device_spec=device_spec,
+                enforce_eager=enforce_eager, deterministic=deterministic, revision=revision,
+            ),
+        )  # fmt: skip
+        console = _console(stderr=True)
+        with _interrupted_by_sigterm():
+            measured = run_bench(
+                settings,
+                workload or (),
+                size=size,
+                scale=scale,
+                repeats=repeats,
+                all_orders=all_orders,
+                out=out,
+                tell=lambda line: None if quiet else console.print(line, style="dim", soft_wrap=True),
+            )
+        if json:
+            _write(encode_json(document(measured), indent=True))
+        else:
+            print_bench(_console(), measured)
+
+
 def _end(outcome: Outcome, quiet: bool, json: bool) -> NoReturn:
     """Show what a run came to, and exit with its code."""
     from batchrun.formats.results import encode_json
@@ -523,6 +605,16 @@ class _Terminal:
 
     def step(self, rows: int, sampled: int, finished: int) -> None:
         self._progress.advance(rows, sampled, finished)
+
+
+@contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """SIGTERM is as good as a Ctrl-C: what was begun is cleared away."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -304,8 +304,14 @@ def _refuse_unknown(custom_id: str, known: list[str]) -> None:
 # --- run --------------------------------------------------------------------------------------------------------
 
 
-def run_job(job: str, config: RunConfig, observer: Observer | None = None) -> Outcome:
-    """Run a job: what `batchrun run` does. Raises as `run`."""
+def run_job(
+    job: str, config: RunConfig, observer: Observer | None = None, *, engine: Engine | RemoteEngine | None = None
+) -> Outcome:
+    """Run a job: what `batchrun run` does. Raises as `run`.
+
+    Args:
+        engine: of `start_engine`, for this model and device, left open for further runs; None: one of its own.
+    """
     observer = observer or Silent()
     began = time.perf_counter()
     subject = Subject.resolve(config, weights=True)
@@ -328,7 +334,7 @@ def run_job(job: str, config: RunConfig, observer: Observer | None = None) -> Ou
             with output_errors(out):
                 source.path = source.path.replace(out / STDIN_JOB)
         stack.enter_context(log_to(out / LOG))
-        return Run(source, lint, fingerprint, subject, config, run_dir, observer, began).execute()
+        return Run(source, lint, fingerprint, subject, config, run_dir, observer, began, engine).execute()
 
 
 def finished(run_dir: RunDir) -> Outcome:
@@ -340,6 +346,23 @@ def finished(run_dir: RunDir) -> Outcome:
     assert run_dir.run is not None and run_dir.run.exit_code is not None
     done = read_report(run_dir.path / REPORT)
     return Outcome(done, run_dir.path, ExitCode(run_dir.run.exit_code), already_done=True)
+
+
+def start_engine(subject: Subject, config: RunConfig) -> Engine | RemoteEngine:
+    """The engine, which loads its model while other things are done, if it has a process of its own."""
+    from batchrun.engine.engine import EngineSettings
+
+    settings = EngineSettings(
+        path=subject.model.path,
+        config=subject.config,
+        dtype=subject.dtype,
+        device=subject.device,
+        enforce_eager=config.enforce_eager,
+        deterministic=config.deterministic,
+    )
+    if config.in_process:
+        return build_engine(settings)
+    return RemoteEngine(partial(build_engine, settings), step_timeout=config.step_timeout)
 
 
 def build_engine(settings: EngineSettings) -> Engine:
@@ -366,6 +389,7 @@ class Run:
         run_dir: RunDir,
         observer: Observer,
         began: float,
+        engine: Engine | RemoteEngine | None = None,
         *,
         limit_again: int | None = None,
     ) -> None:
@@ -377,6 +401,7 @@ class Run:
         self.run_dir = run_dir
         self.observer = observer
         self.began = began
+        self.engine = engine
         self.limit_again = limit_again
         self.seconds: dict[str, float] = {}
         self.answered_prompt_tokens = 0
@@ -447,7 +472,7 @@ class Run:
 
         config = self.config
         device = load_device_spec(config.device_spec or self.subject.device)  # before the model takes memory
-        engine = stack.enter_context(closing(self._start_engine()))
+        engine = self.engine or stack.enter_context(closing(start_engine(self.subject, config)))
         if device.kind != "cpu" and config.kv_memory is None:
             self._wait_for_engine(engine)
             rows = config.scheduler.step_tokens or device.step_tokens
@@ -590,23 +615,6 @@ class Run:
         self.seconds["execute"] = time.perf_counter() - began
         self.slowest = timeline.slowest(requests, log.columns)
         return end.log, end.padded_rows, end.stopped
-
-    def _start_engine(self) -> Engine | RemoteEngine:
-        """The engine, which loads its model while the job is read, if it has a process of its own."""
-        from batchrun.engine.engine import EngineSettings
-
-        subject, config = self.subject, self.config
-        settings = EngineSettings(
-            path=subject.model.path,
-            config=subject.config,
-            dtype=subject.dtype,
-            device=subject.device,
-            enforce_eager=config.enforce_eager,
-            deterministic=config.deterministic,
-        )
-        if config.in_process:
-            return build_engine(settings)
-        return RemoteEngine(partial(build_engine, settings), step_timeout=config.step_timeout)
 
     def _wait_for_engine(self, engine: Engine | RemoteEngine) -> None:
         """Have the model loaded, if it is not."""

@@ -16,7 +16,6 @@ import json
 import platform
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -28,9 +27,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from make_job import KV_TOKENS, Ids, micro, workload
 
 from batchrun.config import configs_dir, load_config, user_configs_dir
 from batchrun.engine.linear import pack_linears
@@ -47,6 +43,7 @@ from batchrun.request import Endpoint, JobLine, LineOptions
 from batchrun.schedule.scheduler import Scheduler
 from batchrun.specs import COST_UNITS, DTYPE_BYTES, DeviceSpec
 from batchrun.tokenizer import load_tokenizer
+from batchrun.workloads import Ids, make_workload, micro
 
 Float = npt.NDArray[np.float64]
 
@@ -186,8 +183,9 @@ def fitted_jobs(vocab_size: int, part: float) -> Iterator[Job]:
 def held_out_jobs(vocab_size: int, part: float) -> Iterator[Job]:
     """The jobs that the constants are tried on."""
     for name in ("micro", "pressure", "tree", "none", "mixed"):
-        requests = workload(name, vocab_size=vocab_size)
-        yield Job(name, requests[: round(part * len(requests))], pool_tokens=KV_TOKENS.get(name, _POOL_TOKENS))
+        made = make_workload(name, vocab_size=vocab_size)
+        requests = made.requests[: round(part * len(made.requests))]
+        yield Job(name, requests, pool_tokens=made.kv_tokens or _POOL_TOKENS)
 
 
 # --- measuring ----------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from batchrun import check, config, diff, review, status
+from batchrun import bench, check, config, diff, review, status
 from batchrun.cli import app
 from batchrun.errors import ExitCode
 from batchrun.formats import job, plan, results, rundir, watch
@@ -352,6 +352,7 @@ def _formats() -> str:
         *_document("batchrun status --json", status.RunProgress, watch.Holder),
         *_document("batchrun report --json", review.Review, limit.Limit, records.StartSummary),
         *_document("batchrun diff --json", diff.RunDiff, diff.DiffSide, diff.Difference),
+        *_document("batchrun bench --json", bench.Bench, bench.Benched, bench.Timed),
     )
 
 

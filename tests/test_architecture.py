@@ -82,12 +82,26 @@ MAY_IMPORT: dict[str, set[str]] = {
     "status": {"errors", "formats", "report.records"},
     "review": {"errors", "formats", "report.limit", "report.records", "status"},
     "diff": {"errors", "formats", "models", "report.records", "tokenizer"},
+    "workloads": {"errors"},
+    "bench": {
+        "config",
+        "errors",
+        "formats.plan",
+        "formats.rundir",
+        "pipeline",
+        "planning.order",
+        "report.records",
+        "report.wording",
+        "subject",
+        "workloads",
+    },
     "cli": {"errors"},
 }
 # What may be imported besides inside functions (to keep the start light), and for type checking alone.
 LATER: dict[str, set[str]] = {
     "": {"pipeline"},  # batchrun/__init__.py
     "cli": {
+        "bench",
         "check",
         "close",
         "config",
@@ -105,7 +119,7 @@ FOR_TYPES: dict[str, set[str]] = {
     "pipeline": {"engine"},
     "": {"pipeline"},
     "cli": {"pipeline"},
-    "report": {"check", "diff", "formats.plan", "pipeline", "prefix", "review", "status"},
+    "report": {"bench", "check", "diff", "formats.plan", "pipeline", "prefix", "review", "status"},
 }
 
 # Who may use which library: when loaded, or only inside functions.

@@ -36,31 +36,37 @@ class EngineSettings:
 
 
 class Engine:
-    """`load`, then `start`; then it is a worker."""
+    """`load`, then `start`; then it is a worker. Started again, it is one for other requests."""
 
     def __init__(self, settings: EngineSettings) -> None:
         self._settings = settings
+        self._loaded = False
         self._worker: TorchWorker | None = None
 
     def load(self) -> None:
-        """Load the model. Raises as `load_model` and `make_device`."""
+        """Load the model, if it is not. Raises as `load_model` and `make_device`."""
+        if self._loaded:
+            return
         from batchrun.engine.device import make_device
         from batchrun.engine.model import load_model
 
         wanted = self._settings
         self._device = make_device(wanted.device, graphs=not wanted.enforce_eager)
         self._model = load_model(wanted.path, wanted.config, wanted.dtype, wanted.device)
+        self._loaded = True
 
     def kv_memory(self, share: float, rows: int, page_size: int) -> int | None:
         """As `torch_worker.kv_memory`."""
         from batchrun.engine.torch_worker import kv_memory
 
+        self.close()
         return kv_memory(self._model, self._device, share=share, rows=rows, page_size=page_size)
 
     def start(self, requests: Requests, eos_token_ids: frozenset[int], page_size: int, num_pages: int) -> None:
         """Take in what steps will speak of; arguments as for `TorchWorker`."""
         from batchrun.engine.torch_worker import TorchWorker
 
+        self.close()
         self._started = requests, eos_token_ids, page_size, num_pages
         self._worker = TorchWorker(
             self._model,
@@ -86,9 +92,11 @@ class Engine:
         return self.worker.collect()
 
     def restart(self) -> None:
-        self.worker.close()
         self.start(*self._started)
 
     def close(self) -> None:
+        """Let go of the memory of the worker; the model stays."""
         if self._worker is not None:
             self._worker.close()
+            self._worker = None
+            self._device.give_back()  # graphs have places in that memory

@@ -133,12 +133,15 @@ class RemoteEngine:
     def __init__(self, build: Callable[[], Any], *, step_timeout: float) -> None:
         self._remote = Remote(build, timeout=step_timeout)
         self._remote.send("load")  # while other things are done here
+        self._loading = True
         self._unread = 0  # submitted steps whose taking was not confirmed yet
         self._started: tuple[Any, ...] = ()
 
     def load(self) -> None:
         """Wait until the model is loaded."""
-        self._remote.receive(patient=True)
+        if self._loading:
+            self._remote.receive(patient=True)
+            self._loading = False
 
     def kv_memory(self, share: float, rows: int, page_size: int) -> int | None:
         found: int | None = self._remote.call("kv_memory", share, rows, page_size)

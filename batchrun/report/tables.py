@@ -22,6 +22,8 @@ from batchrun.report.records import KvUse, OrderTried, Report, TokenCounts, Warn
 from batchrun.report.wording import (
     KIND_NAMES,
     as_expected,
+    bench_notes,
+    bench_title,
     check_title,
     duration,
     estimated_from,
@@ -50,6 +52,7 @@ from batchrun.report.wording import (
 from batchrun.request import LineFault
 
 if TYPE_CHECKING:
+    from batchrun.bench import Bench, Benched, Timed
     from batchrun.check import Checked
     from batchrun.diff import Difference, DiffSide, RunDiff
     from batchrun.formats.plan import PlanFile
@@ -407,6 +410,72 @@ def print_status(console: Console, progress: RunProgress) -> None:
             _Section("Errors", _count_rows(progress.errors), "red"),
         ],
     )
+
+
+def print_bench(console: Console, bench: Bench) -> None:
+    """Show what the workloads computed, and what time they took."""
+    _print_hanging(console, Text(), printable(bench_title(bench), limit=4096), "bold")
+    rows, words = [], []
+    for benched in bench.workloads:
+        for timed in (benched.shared, benched.unshared):
+            rows.append((timed, benched.speedup if timed is benched.shared else None, benched.requests))
+            words.append(benched.name if timed is benched.shared else "  not shared")
+    computed = [
+        (
+            f"{requests:,}",
+            f"{timed.report.tokens.prompt_logical:,}",
+            f"{timed.report.tokens.prompt_computed:,}",
+            f"{timed.report.tokens.output:,}",
+            f"{timed.report.kv.peak_pages:,}",
+        )
+        for timed, _, requests in rows
+    ]
+    _print(console, Text())
+    columns = ("requests", "prompt tokens", "computed", "output", "KV pages")
+    _print_table(console, columns, computed, ["workload", *words])
+    times = [
+        (
+            *_times(timed),
+            f"{timed.tokens_per_second:,.0f}",
+            f"{speedup:.2f}x" if speedup is not None else "",
+            percent(timed.bound_share),
+        )
+        for timed, speedup, _ in rows
+    ]
+    _print(console, Text())
+    head = ("time", "spread", "expected", "tokens/s", "speed-up", "of bound")
+    _print_table(console, head, times, ["workload", *words])
+    for benched in bench.workloads:
+        if benched.orders:
+            _print_measured_orders(console, benched)
+    _print(console, Text())
+    for note in bench_notes(bench):
+        _print_hanging(console, Text(), printable(note, limit=1000))
+
+
+def _print_measured_orders(console: Console, benched: Benched) -> None:
+    """The orders that a workload was run in, fastest first."""
+    kv, taken = benched.shared.report.kv, benched.shared.report.schedule_order
+    ranked = sorted((benched.shared, *benched.orders), key=lambda timed: timed.seconds)
+    rows = [
+        (*_times(timed), f"{timed.report.tokens.prompt_computed:,}", f"{timed.report.prefix_evictions:,}")
+        for timed in ranked
+    ]
+    auto = benched.shared.schedule_order != taken  # it was not named
+    names = [timed.report.schedule_order for timed in ranked]
+    words = [f"{name} (auto takes it)" if auto and name == taken else name for name in names]
+    memory = f"KV memory for {kv.pages * kv.page_size:,} tokens"
+    _print(console, Text())
+    _print_hanging(console, Text(), f"Orders of {benched.name}, {memory}", "bold")
+    head = ("time", "spread", "expected", "prompt computed", "evictions")
+    _print_table(console, head, rows, ["order", *words])
+
+
+def _times(timed: Timed) -> tuple[str, str, str]:
+    """How long a run took, how much that varied, and what was expected."""
+    expected = timed.report.expected
+    spread = percent(timed.spread) if len(timed.runs) > 1 else ""
+    return duration(timed.seconds), spread, duration(expected.seconds) if expected is not None else ""
 
 
 def print_faults(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from batchrun.report.records import Estimate, Report, RequestCounts, Seconds, StartSummary
 
 if TYPE_CHECKING:
+    from batchrun.bench import Bench
     from batchrun.check import Checked
     from batchrun.formats.plan import PlanFile
     from batchrun.pipeline import Planned
@@ -363,6 +364,44 @@ def time_left(progress: RunProgress) -> tuple[str, str] | None:
     if progress.recent_seconds is None:
         return "", "it is too early to tell how much is left"
     return "", f"no result in the last {duration(progress.recent_seconds)}, so nobody can tell how much is left"
+
+
+# --- benchmarks ---
+
+
+def bench_title(bench: Bench) -> str:
+    """What was measured: "demo on cpu in float32: workloads of size cpu, scale 1, 3 runs each"."""
+    each = f"{plural(bench.repeats, 'run')} each" if bench.repeats > 1 else "one run each"
+    what = f"workloads of size {bench.size}, scale {bench.scale:g}, {each}"
+    return f"{bench.model} on {bench.device} in {bench.dtype}: {what}"
+
+
+def bench_notes(bench: Bench) -> Iterator[str]:
+    """What a reader of the figures should know, a sentence or two each."""
+    if bench.repeats > 1:
+        yield "Time is the median of the runs, and spread the longest less the shortest."
+    expected = bench.workloads[0].shared.report.expected
+    if expected is not None:
+        hardware = f" ({expected.hardware})" if expected.hardware else ""
+        if expected.calibrated:
+            yield f"Expected and bound are from steps and peaks measured on {expected.device}{hardware}."
+        else:
+            words = f"{expected.device} is not calibrated: expected and bound are by the peaks of its file{hardware}."
+            if bench.device == "cpu":
+                words += " scripts/calibrate measures the processor that is here; until then both mean little."
+            yield words
+    for benched in bench.workloads:
+        if benched.part < 1:
+            yield f"{benched.name}: lengths were cut to {percent(benched.part)}, to fit the model's context."
+        ways = (benched.shared, benched.unshared, *benched.orders)
+        if disturbed := sum(way.disturbed for way in ways):
+            yield (
+                f"{benched.name}: in {plural(disturbed, 'run')} the worker was lost or was short of memory; "
+                "their times are of that too."
+            )
+
+
+# --- runs that have ended ---
 
 
 def as_expected(expected: Estimate, execute: float) -> str:

@@ -12,16 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench_run import make_model
-from make_job import workload, write_job
 
 import batchrun
 from batchrun.planning.order import CANDIDATES
+from batchrun.workloads import make_workload, write_job
 
 ORDERS = (*CANDIDATES, "shuffle")
 VOCABULARY = 16384
@@ -30,7 +28,7 @@ VOCABULARY = 16384
 def measure(name: str, model: Path, root: Path, *, kv_tokens: int, repeats: int) -> dict[str, object]:
     """Simulated and measured seconds of each order on a workload."""
     job = root / f"{name}.jsonl"
-    write_job(job, workload(name, vocab_size=VOCABULARY), ignore_eos=name != "skew")
+    write_job(job, make_workload(name, vocab_size=VOCABULARY))
     config = json.loads((model / "config.json").read_text())
     kv_bytes = 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"] * 4
     options = {"model": str(model), "dtype": "float32", "kv_memory": str(kv_tokens * kv_bytes)}

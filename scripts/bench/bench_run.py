@@ -13,7 +13,6 @@ import argparse
 import json
 import platform
 import statistics
-import sys
 import tempfile
 import time
 from importlib.metadata import version
@@ -21,10 +20,8 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from make_job import WORKLOADS, workload, write_job
-
 import batchrun
+from batchrun.workloads import WORKLOADS, make_workload, write_job
 
 SHAPE = {
     "vocab_size": 16384,
@@ -77,11 +74,12 @@ def main() -> None:
 
     from transformers import AutoModelForCausalLM
 
-    requests = workload(args.workload, vocab_size=SHAPE["vocab_size"])
+    made = make_workload(args.workload, vocab_size=SHAPE["vocab_size"])
+    requests = made.requests
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         make_model(root / "model")
-        write_job(root / "job.jsonl", requests)
+        write_job(root / "job.jsonl", made)
         peer = AutoModelForCausalLM.from_pretrained(root / "model", dtype=getattr(torch, args.dtype)).eval()
         ours, theirs = [], []
         for repeat in range(args.repeats):

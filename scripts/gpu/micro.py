@@ -7,7 +7,6 @@ import time
 from dataclasses import asdict, replace
 from typing import Any
 
-import numpy as np
 import torch
 from oracles import make_requests
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -16,6 +15,7 @@ from batchrun.models import load_device_spec
 from batchrun.planning.cost import CostModel
 from batchrun.request import Requests
 from batchrun.specs import DeviceSpec, ModelSpec
+from batchrun.workloads import MICRO, Groups, Ids, micro
 
 from .engine import ATTENTION, run_engine
 from .idle import IdleMeter
@@ -30,22 +30,14 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 _TINY_LLAMA = {**_LLAMA, "vocab_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32}
 TINY_SHAPES = {"tiny": {**_TINY_LLAMA, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}}
-# Groups, tokens of a prefix, requests of each, own tokens, tokens to sample.
-Job = tuple[int, int, int, int, int]
-JOB, TINY_JOB, WARM_UP = (400, 2000, 16, 200, 100), (2, 40, 3, 5, 3), (1, 300, 4, 20, 3)
+TINY_JOB, WARM_UP = Groups(2, 40, 3, 5, 3), Groups(1, 300, 4, 20, 3)
 _KV_SHARE = 0.8  # of the memory that weights leave
 
 
-def make_job(job: Job, vocabulary: int) -> Requests:
+def make_job(job: Groups, vocabulary: int) -> Requests:
     """Requests of a seed."""
-    groups, prefix, readers, own, output = job
-    rng = np.random.default_rng(0)
-    prompts = [
-        [*shared, *rng.integers(0, vocabulary, own).tolist()]
-        for shared in rng.integers(0, vocabulary, (groups, prefix)).tolist()
-        for _ in range(readers)
-    ]
-    return make_requests(prompts, [output] * len(prompts), ignore_eos=True)
+    made = list(micro(Ids(0, vocabulary), *job))
+    return make_requests([prompt for prompt, _ in made], [output for _, output in made], ignore_eos=True)
 
 
 def find_device(setting: Setting, dtype: str) -> DeviceSpec:
@@ -76,8 +68,8 @@ def run_shape(name: str, shape: dict[str, Any], setting: Setting) -> dict[str, A
         "pages": 4096 if setting.tiny else int(_KV_SHARE * torch.cuda.mem_get_info()[0]) // page,
         "step_tokens": 32 if setting.tiny else device.step_tokens,
     }
-    asked = TINY_JOB if setting.tiny else JOB
-    job = make_job((max(1, round(asked[0] * setting.scale)), *asked[1:]), config.vocab_size)
+    asked = TINY_JOB if setting.tiny else MICRO["gpu"]
+    job = make_job(asked._replace(groups=max(1, round(asked.groups * setting.scale))), config.vocab_size)
     meter = IdleMeter()
     if not setting.tiny:
         run_engine(module, make_job(WARM_UP, config.vocab_size), cost, **room)  # compiles the kernels
