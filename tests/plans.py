@@ -45,6 +45,7 @@ def some_steps(count: int, pages: int = 3000, seconds: float = 0.5) -> npt.NDArr
 def a_report(**changes: Any) -> Report:
     report = Report(
         request_counts=RequestCounts(480, 478, 2, 0),
+        duplicates=0,
         tokens=TOKENS,
         saving=TOKENS.saving,
         seconds=Seconds(total=250.0, load=10.0, tokenize=5.0, plan=5.0, execute=225.0),

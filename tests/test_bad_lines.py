@@ -66,7 +66,7 @@ LINES: dict[str, tuple[bytes, str]] = {
     "url not known": (openai("/v1/embeddings", input="a"), "unsupported_url"),
     "url of another kind": (openai("https://example.com/v1/completions", prompt="a"), "unsupported_url"),
     "stream": (openai(prompt="a", stream=True), "unsupported_field"),
-    "tools": (openai(CHAT, messages=[{"role": "user", "content": "a"}], tools=[{"type": "x"}]), "unsupported_field"),
+    "tools": (openai(CHAT, messages=[{"role": "user", "content": "a"}], tools=[{"type": "x"}]), "invalid_request"),
     "image": (
         openai(CHAT, messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),
         "unsupported_field",

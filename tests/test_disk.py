@@ -8,6 +8,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -102,11 +103,13 @@ def ended(started: subprocess.Popen[str]) -> tuple[int, str]:
     return started.returncode, err
 
 
-def wait_for_results(started: subprocess.Popen[str], run_dir: Path, count: int = 2) -> None:
+def halt_at_results(started: subprocess.Popen[str], run_dir: Path, count: int = 2) -> None:
+    """Wait for some results, and halt the command there: it is to be let go on, or killed."""
     results = run_dir / "results.jsonl"
     while not results.exists() or results.read_bytes().count(b"\n") < count:
         assert started.poll() is None, started.communicate()[1]
         time.sleep(0.005)
+    started.send_signal(signal.SIGSTOP)
 
 
 def goes_on(args: list[str], run_dir: Path, undisturbed: dict[str, Any]) -> None:
@@ -256,9 +259,10 @@ def test_a_log_that_cannot_be_written_is_told_and_costs_no_result(name, here, ar
 def test_a_removed_run_directory_is_noticed_and_the_same_command_starts_again(here, args, undisturbed):
     out = here / "jobs.run"
     with process(*args) as started:
-        wait_for_results(started, out)
+        halt_at_results(started, out)
         while out.exists():
             shutil.rmtree(out, ignore_errors=True)
+        started.send_signal(signal.SIGCONT)
         code, err = ended(started)
     assert code == ExitCode.OUTPUT
     assert "was removed, moved or replaced" in err
@@ -355,8 +359,9 @@ def test_a_clock_that_jumps_costs_no_line_and_ends_no_run_early(shift, here, arg
     env = {**os.environ, "PYTHONPATH": path, "CLOCK": str(here / "clock")}
     out = here / "jobs.run"
     with process(*args, "--timeout", "3h", "--request-timeout", "1h", env=env) as started:
-        wait_for_results(started, out)
+        halt_at_results(started, out)
         (here / "clock").write_text(str(shift))
+        started.send_signal(signal.SIGCONT)
         code, err = ended(started)
     assert code == ExitCode.SOME_FAILED, err
     assert answers(out) == undisturbed
@@ -400,7 +405,7 @@ def test_status_tells_nothing_absurd_when_the_clock_was_set(shift, here, model_d
 def test_of_two_starts_one_runs_and_a_dead_one_holds_nothing(here, args, undisturbed):
     out = here / "jobs.run"
     with process(*args) as first:
-        wait_for_results(first, out)
+        halt_at_results(first, out)
         with process(*args) as second:
             code, err = ended(second)
         assert code == ExitCode.RUN_DIR

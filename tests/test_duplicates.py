@@ -97,7 +97,7 @@ def test_a_run_that_is_gone_on_with_gives_the_rest_the_same(model_dir, tmp_path)
     job = write_job(tmp_path)
     batchrun.run(job, model=str(model_dir()), out=tmp_path / "whole.run")
 
-    class Stop(pipeline._Silent):
+    class Stop(pipeline.Silent):
         stop = False
 
         def step(self, rows: int, sampled: int, finished: int) -> None:
