@@ -113,7 +113,7 @@ class Sampler:
                 for s in settings
             ]
         )
-        self._bias = _Lists([np.array(s.logit_bias, dtype=_BIAS) for s in settings])
+        self._bias = _Lists([np.array(list(s.logit_bias), dtype=_BIAS) for s in settings])
         longest = max((len(word) for s in settings for word in s.bad_words), default=1)
         self._words = _Lists(
             [
