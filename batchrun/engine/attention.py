@@ -16,7 +16,10 @@ from batchrun.engine.kv_cache import KVCache
 from batchrun.errors import ModelRefused
 
 # What a layer may pass besides q, k and v without asking for something that is not computed here.
-_HARMLESS = {"position_ids", "use_cache", "is_causal", "position_embeddings", "cache_position", "output_attentions"}
+_HARMLESS = {
+    *("position_ids", "use_cache", "is_causal", "position_embeddings", "cache_position"),
+    *("output_attentions", "output_router_logits"),
+}
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _SCORES_AT_ONCE = 1 << 22  # of soft-capped layers, whose scores are held in memory
