@@ -194,6 +194,9 @@ def _truncated(line: JobLine, prompts: list[Int32], spec: ModelSpec) -> list[Int
     return [ids[-keep:] for ids in prompts]
 
 
+_OF_LONGROPE = "; the model takes more, but longrope turns longer sequences otherwise, which is not supported"
+
+
 def _fault(line: JobLine, prompts: list[Int32], spec: ModelSpec) -> LineFault | None:
     """Why a line cannot run, now that its tokens are known."""
     for ids in prompts:
@@ -209,7 +212,7 @@ def _fault(line: JobLine, prompts: list[Int32], spec: ModelSpec) -> LineFault | 
             return _invalid(
                 line,
                 f"the prompt has {ids.size} tokens; the model's context of {spec.max_context} leaves no room for an "
-                "answer",
+                f"answer{_OF_LONGROPE if spec.longrope_limit else ''}",
                 "context_length_exceeded",
             )
     return None

@@ -14,7 +14,8 @@ from typing import Any, Literal
 from batchrun.config import configs_dir, nearest, parse_size, user_configs_dir
 from batchrun.devices import device_file
 from batchrun.errors import ModelNotFound, ModelRefused, UsageError
-from batchrun.specs import DeviceSpec, ModelSpec
+from batchrun.specs import DeviceSpec, ModelSpec, text_config
+from batchrun.supported import check_supported
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _TEXT_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model"]
@@ -85,19 +86,21 @@ def read_model_spec(model_dir: Path) -> tuple[ModelSpec, dict[str, Any], dict[st
     Where there is no `generation_config.json`, its end-of-text ids are those of `config.json`, as in transformers.
 
     Raises:
-        ModelRefused: a file is not sound, or `config.json` is not that of a decoder-only language model.
+        ModelRefused: a file is not sound, or the model is none that is run exactly.
     """
     config = _read_json(model_dir / "config.json")
     path = model_dir / "generation_config.json"
-    generation_config = _read_json(path) if path.exists() else {"eos_token_id": config.get("eos_token_id")}
     try:
+        check_supported(config)
+        eos = config.get("eos_token_id", text_config(config).get("eos_token_id"))
+        generation_config = _read_json(path) if path.exists() else {"eos_token_id": eos}
         return ModelSpec.from_config(config), config, generation_config
     except KeyError as error:
         raise ModelRefused(
             f"{model_dir / 'config.json'} has no {error}, which every decoder-only language model has.",
             hint="batchrun runs decoder-only text models.",
         ) from error
-    except (TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise ModelRefused(f"{model_dir / 'config.json'} has a field of the wrong type: {error}.") from error
 
 

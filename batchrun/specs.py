@@ -6,8 +6,64 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-_HEAD_DIM = {"qwen3": 128}  # of transformers' configuration classes, where it is not hidden_size / heads
+# What transformers' configuration classes put where config.json says nothing and other models have another rule.
+_DEFAULTS: dict[str, dict[str, int]] = {
+    "gemma2": {"num_key_value_heads": 4, "head_dim": 256},
+    "gemma3_text": {
+        "vocab_size": 262_208,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "max_position_embeddings": 131_072,
+        "sliding_window": 4096,
+    },
+    "gpt_oss": {
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "max_position_embeddings": 131_072,
+        "num_local_experts": 128,
+        "num_experts_per_tok": 4,
+    },
+    "mistral": {"num_key_value_heads": 8},
+    "mixtral": {"num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2},
+    "phi3": {"original_max_position_embeddings": 4096},
+    "qwen2": {"num_key_value_heads": 32},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
+    "qwen3_moe": {
+        "num_key_value_heads": 4,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "decoder_sparse_step": 1,
+    },
+    "smollm3": {"num_key_value_heads": 4},
+}
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a parsed `config.json` that describes the language model: a model that takes images too keeps it
+    under `text_config`."""
+    return {"model_type": "gemma3_text", **config["text_config"]} if config.get("model_type") == "gemma3" else config
+
+
+def rope_parameters(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The RoPE parameters of a language model's configuration, one entry for each kind of layer that has its own."""
+    # Where a config has both, transformers takes the older name.
+    older, newer = config.get("rope_scaling") or {}, config.get("rope_parameters") or {}
+    by_layer = [own for own in (*older.values(), *newer.values()) if isinstance(own, Mapping)]
+    if by_layer:
+        return [*by_layer, *([older] if "factor" in older else [])]
+    return [older or newer]
+
+
+def rope_type(model_type: str, rope: Mapping[str, Any]) -> str:
+    """The type of RoPE that some parameters of a model mean."""
+    stated = str(rope.get("rope_type") or rope.get("type") or "default")
+    return "longrope" if model_type == "phi3" and stated in ("su", "yarn") else stated  # older names
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,9 +73,14 @@ class ModelSpec:
     Attributes:
         model_type: transformers' name of the architecture.
         vocab_size, hidden_size, intermediate_size, num_layers, num_heads, num_kv_heads, head_dim: its shape.
-        max_context: longest position it was made for, in tokens.
-        sliding_window: keys a row sees at most, or None.
+        max_context: longest prompt and answer together that it is run with, in tokens.
+        sliding_window: keys a row sees at most in layers that have a window, or None.
         checkpoint_dtype: name of the dtype of its weights.
+        expert_layers: layers with experts in place of one MLP; the others have an MLP of `intermediate_size`.
+        num_experts, experts_per_token, expert_size: experts of such a layer, those that a row goes through, and the
+            intermediate size of each.
+        longrope_limit: whether `max_context` is the length up to which `longrope` turns all sequences alike, while
+            the model was made for more.
     """
 
     model_type: str
@@ -33,6 +94,11 @@ class ModelSpec:
     max_context: int
     sliding_window: int | None
     checkpoint_dtype: str
+    expert_layers: int = 0
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_size: int = 0
+    longrope_limit: bool = False
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelSpec:
@@ -41,23 +107,41 @@ class ModelSpec:
         Raises:
             KeyError: a field that every decoder configuration has is missing.
         """
+        whole, config = config, text_config(config)
+        model_type = str(config["model_type"])
+        config = _DEFAULTS.get(model_type, {}) | dict(config)
         heads = int(config["num_attention_heads"])
         hidden = int(config["hidden_size"])
+        layers = int(config["num_hidden_layers"])
         window = config.get("sliding_window")
         if config.get("use_sliding_window") is False:
             window = None
+        experts = int(config.get("num_local_experts") or config.get("num_experts") or 0)
+        dense = set(config.get("mlp_only_layers") or ())
+        sparse_step = int(config.get("decoder_sparse_step") or 1)
+        made_for = int(config["max_position_embeddings"])
+        ropes = [rope for rope in rope_parameters(config) if rope_type(model_type, rope) == "longrope"]
+        context = min([made_for, *(_longrope_context(config, rope) for rope in ropes)])
         return cls(
-            model_type=str(config["model_type"]),
+            model_type=str(whole["model_type"]),
             vocab_size=int(config["vocab_size"]),
             hidden_size=hidden,
             intermediate_size=int(config["intermediate_size"]),
-            num_layers=int(config["num_hidden_layers"]),
+            num_layers=layers,
             num_heads=heads,
             num_kv_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or _HEAD_DIM.get(config["model_type"]) or hidden // heads),
-            max_context=int(config["max_position_embeddings"]),
+            head_dim=int(config.get("head_dim") or hidden // heads),
+            max_context=context,
             sliding_window=int(window) if window is not None else None,
-            checkpoint_dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
+            checkpoint_dtype=next(
+                (str(each[name]) for each in (whole, config) for name in ("dtype", "torch_dtype") if each.get(name)),
+                "float32",
+            ),
+            expert_layers=sum((i + 1) % sparse_step == 0 and i not in dense for i in range(layers)) if experts else 0,
+            num_experts=experts,
+            experts_per_token=int(config["num_experts_per_tok"]) if experts else 0,
+            expert_size=int(config.get("moe_intermediate_size") or config["intermediate_size"]) if experts else 0,
+            longrope_limit=context < made_for,
         )
 
     def kv_bytes_per_token(self, dtype: str) -> int:
@@ -66,13 +150,39 @@ class ModelSpec:
 
     @property
     def linear_parameters(self) -> int:
-        """Weights that every token row is multiplied with (the LM head not counted: sampled rows only)."""
-        attention = self.hidden_size * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
-        return self.num_layers * (attention + 3 * self.hidden_size * self.intermediate_size)
+        """Weights that every token row is multiplied with (the LM head not counted: sampled rows only); of experts,
+        those that a row goes through."""
+        return self._layers_with(self.experts_per_token)
+
+    @property
+    def layer_parameters(self) -> int:
+        """Weights of all layers, all experts included."""
+        return self._layers_with(self.num_experts)
+
+    @property
+    def mlp_width(self) -> float:
+        """Intermediate states of a row, in the mean over layers."""
+        return (
+            self.expert_layers * self.experts_per_token * self.expert_size
+            + (self.num_layers - self.expert_layers) * self.intermediate_size
+        ) / self.num_layers
 
     def weight_bytes(self, dtype: str) -> int:
         """Bytes of all weights, embeddings and LM head (as if not tied) included."""
-        return (self.linear_parameters + 2 * self.vocab_size * self.hidden_size) * DTYPE_BYTES[dtype]
+        return (self.layer_parameters + 2 * self.vocab_size * self.hidden_size) * DTYPE_BYTES[dtype]
+
+    def _layers_with(self, experts: int) -> int:
+        """Weights of all layers, of so many experts each."""
+        attention = self.hidden_size * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
+        dense = (self.num_layers - self.expert_layers) * 3 * self.hidden_size * self.intermediate_size
+        sparse = self.expert_layers * self.hidden_size * (3 * experts * self.expert_size + self.num_experts)
+        return self.num_layers * attention + dense + sparse
+
+
+def _longrope_context(config: Mapping[str, Any], rope: Mapping[str, Any]) -> int:
+    """The length up to which `longrope` has its short factors, as transformers finds it."""
+    stated = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
+    return int(stated or config["max_position_embeddings"])
 
 
 # The units in which `planning.cost` counts work, and a device file prices it; seconds of one each.

@@ -17,7 +17,6 @@ from batchrun.devices import check_device, resolve_device, resolve_dtype
 from batchrun.errors import UsageError
 from batchrun.models import ModelDir, load_device_spec, read_model_spec, resolve_model
 from batchrun.specs import ModelSpec
-from batchrun.supported import check_supported
 
 Fingerprint = dict[str, str | int | float | bool | None]
 
@@ -48,7 +47,6 @@ class Subject:
         """
         model = resolve_model(config.model, config.revision, weights=weights)
         spec, model_config, generation_config = read_model_spec(model.path)
-        check_supported(model_config)
         device = resolve_device(config.device)
         if weights:
             check_device(device)

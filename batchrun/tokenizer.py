@@ -440,12 +440,14 @@ def _tokenizer_class(model_dir: Path) -> Any:
     name = _read_json(model_dir / "tokenizer_config.json").get("tokenizer_class") or config.get("tokenizer_class")
     name = (name or "").removesuffix("Fast")
     match config.get("model_type"):
-        case "mistral":
+        case "granite" | "mistral" | "mixtral" | "olmo2" | "phi3":
             return generic
         case "qwen2":
             name = "Qwen2Tokenizer"
-        case "qwen3":
+        case "qwen3" | "qwen3_moe":
             name = name or "Qwen2Tokenizer"
+        case "gemma2" | "gemma3" | "gemma3_text":
+            name = name or "GemmaTokenizer"
     if name == "LlamaTokenizer" and '"ByteLevel"' in (model_dir / "tokenizer.json").read_text(encoding="utf-8"):
         return generic
     named = getattr(transformers, name, None)

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from factories import ARCHITECTURES
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from factories import ARCHITECTURES, QUANTISED, make_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, Mxfp4Config
 
 import batchrun
 from batchrun.engine.sampler import uniform
@@ -108,7 +108,13 @@ def run(tmp_path: Path) -> Runner:
 
 @cache
 def reference(model: Path) -> tuple[Any, Any]:
-    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), AutoTokenizer.from_pretrained(model)
+    quantization = json.loads((model / "config.json").read_text()).get("quantization_config") or {}
+    # transformers does so by itself where there is no kernel, and says that it takes accelerate to find that out.
+    options = (
+        {"quantization_config": Mxfp4Config(dequantize=True)} if quantization.get("quant_method") == "mxfp4" else {}
+    )
+    module = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **options)
+    return module, AutoTokenizer.from_pretrained(model)
 
 
 @cache
@@ -172,8 +178,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+# One of each that has something of its own; with every schedule and in every memory they take long.
+NEWER = [
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ("gemma2-window", "gemma3_text", "gpt_oss-window", "phi3-longrope", "qwen3_moe", "smollm3-window")
+]
+
+
 @pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("architecture", ["llama", "qwen2-window", "qwen3"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2-window", "qwen3", *NEWER])
 def test_every_schedule(model_dir: ModelFactory, run: Runner, architecture: str, setting: str) -> None:
     model = model_dir(architecture, generation_config=ENDS)
     answers, report = run(model, map(completion, MIXED), **SETTINGS[setting])
@@ -191,7 +204,7 @@ def test_one_token_a_step(model_dir: ModelFactory, run: Runner) -> None:
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("architecture", ["llama", "mistral-window"])
+@pytest.mark.parametrize("architecture", ["llama", "mistral-window", *NEWER])
 def test_memory_that_is_just_enough(model_dir: ModelFactory, run: Runner, architecture: str, order: str) -> None:
     """The pool holds the largest request alone, to the token: others wait, are put off, and lose their prefixes."""
     model = model_dir(architecture, generation_config=ENDS)
@@ -225,11 +238,49 @@ def test_every_architecture(model_dir: ModelFactory, run: Runner, architecture: 
     assert report.tokens.prompt_computed < report.tokens.prompt_logical
 
 
+@pytest.mark.parametrize("name", QUANTISED)
+def test_quantised_weights(tmp_path: Path, run: Runner, name: str) -> None:
+    """As transformers runs them."""
+    architecture, options, quantise, library = QUANTISED[name]
+    if library is not None:
+        pytest.importorskip(library)
+    model = make_model(tmp_path / "model", architecture, generation_config=ENDS, **options)
+    plain = expected(model, MIXED)
+    reference.cache_clear()
+    generated.cache_clear()
+    quantise(model)
+    answers, report = run(model, map(completion, MIXED), scheduler={"step_tokens": 23})
+    assert answers == expected(model, MIXED)
+    assert report.tokens.prompt_computed < report.tokens.prompt_logical
+    assert answers != plain, "the weights are meant to be rounded"
+
+
+_SHORT: dict[str, dict[str, Any]] = {"llama-dynamic": {"max_position_embeddings": 60}, "phi3-longrope": {}}
+
+
 def test_sharded_weights(model_dir: ModelFactory, run: Runner) -> None:
     model = model_dir("llama", generation_config=ENDS, max_shard_size="50KB")
     assert len(list(model.glob("*.safetensors"))) > 3
     answers, _ = run(model, map(completion, MIXED))
     assert answers == expected(model, MIXED) == expected(model_dir("llama", generation_config=ENDS), MIXED)
+
+
+@pytest.mark.parametrize("architecture", ["llama-dynamic", "phi3-longrope"])
+def test_rope_that_depends_on_length_is_exact_as_far_as_it_goes(
+    model_dir: ModelFactory, run: Runner, architecture: str
+) -> None:
+    """Beyond, transformers would turn all of a sequence in another way: prompts that share nothing else with it are not
+    run, and answers end."""
+    model = model_dir(architecture, generation_config=ENDS, original_max_position_embeddings=60, **_SHORT[architecture])
+    context = read_model_spec(model)[0].max_context
+    assert context == 60 < max(map(len, MIXED)), "some prompts are to be too long"
+    answers, report = run(model, [completion(prompt, max_tokens=100, ignore_eos=True) for prompt in MIXED])
+    for prompt, answer in zip(MIXED, answers, strict=True):
+        if len(prompt) >= context:
+            assert answer is None
+        else:
+            assert answer == generated(model, tuple(prompt), True, context - len(prompt))
+    assert report.errors == {"context_length_exceeded": sum(len(prompt) >= context for prompt in MIXED)}
 
 
 def test_limits_that_differ_from_line_to_line(model_dir: ModelFactory, run: Runner) -> None:

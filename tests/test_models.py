@@ -15,10 +15,13 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from factories import ARCHITECTURES, make_config
 
 from batchrun.config import configs_dir
 from batchrun.errors import ModelNotFound, ModelRefused, UsageError
 from batchrun.models import load_device_spec, read_model_spec, resolve_model
+from batchrun.specs import ModelSpec
+from batchrun.supported import MODEL_TYPES
 
 CONFIG = {
     "model_type": "llama",
@@ -30,6 +33,7 @@ CONFIG = {
     "max_position_embeddings": 64,
     "eos_token_id": 3,
 }
+NEEDED = CONFIG.keys() - {"model_type", "eos_token_id"}
 FILES = {
     "config.json": json.dumps(CONFIG),
     "tokenizer.json": "{}",
@@ -294,12 +298,81 @@ def test_without_a_generation_config_the_end_of_text_is_that_of_the_config(tmp_p
     assert read_model_spec(model_dir(tmp_path / "m", "generation_config.json"))[2] == {"eos_token_id": 3}
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_spec_counts_the_weights_that_the_model_has(architecture):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = make_config(architecture)
+    with torch.device("meta"):
+        module = AutoModelForCausalLM.from_config(config)
+    text = config.get_text_config()
+    weights = {name: part for name, part in module.named_parameters() if part.dim() > 1 and "bias" not in name}
+    layers = [part.numel() for name, part in weights.items() if ".layers." in name and "vision" not in name]
+    spec = ModelSpec.from_config(config.to_dict())
+    assert spec.layer_parameters == sum(layers)
+    assert spec.weight_bytes("float32") == 4 * (sum(layers) + 2 * text.vocab_size * text.hidden_size)
+    unused = spec.num_experts - spec.experts_per_token
+    experts = [part.numel() // part.shape[0] for name, part in weights.items() if "experts" in name]
+    assert spec.linear_parameters == spec.layer_parameters - unused * sum(experts)
+    assert spec.num_layers == text.num_hidden_layers
+
+
+@pytest.mark.parametrize("model_type", [each for each in MODEL_TYPES if each != "gemma3"])
+def test_what_a_config_leaves_out_is_what_transformers_puts_there(model_type):
+    from transformers import AutoConfig
+
+    given = {} if model_type == "gemma3_text" else {key: CONFIG[key] for key in NEEDED} | {"hidden_size": 96}
+    theirs = AutoConfig.for_model(model_type, **given)
+    spec = ModelSpec.from_config({"model_type": model_type, **given})
+    assert spec.hidden_size == theirs.hidden_size
+    assert spec.num_kv_heads == theirs.num_key_value_heads
+    heads = spec.num_heads
+    assert spec.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // heads)
+    assert (spec.vocab_size, spec.max_context) == (theirs.vocab_size, theirs.max_position_embeddings)
+    assert spec.num_experts == getattr(theirs, "num_experts", 0)
+    assert spec.experts_per_token == getattr(theirs, "num_experts_per_tok", 0)
+    if spec.num_experts:
+        assert spec.expert_size == getattr(theirs, "moe_intermediate_size", theirs.intermediate_size)
+
+
+def test_a_model_that_takes_images_has_the_spec_of_its_text_part(tmp_path):
+    """As the hub has it: what transformers' configuration class says by itself is left out."""
+    text = {
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    }
+    config = {"model_type": "gemma3", "torch_dtype": "bfloat16", "eos_token_id": [1, 106], "text_config": text}
+    folder = model_dir(tmp_path / "m", "generation_config.json", **{"config.json": json.dumps(config)})
+    spec, _, generation_config = read_model_spec(folder)
+    assert spec == ModelSpec("gemma3", 262_208, 2560, 10240, 34, 8, 4, 256, 131_072, 1024, "bfloat16")
+    assert generation_config == {"eos_token_id": [1, 106]}
+
+
+@pytest.mark.parametrize("place", ["of the model", "of RoPE"])
+def test_longrope_limits_the_context(place):
+    rope = {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}
+    config = CONFIG | {"model_type": "phi3", "rope_scaling": rope}
+    if place == "of RoPE":
+        config = {**config, "model_type": "llama", "rope_scaling": {**rope, "original_max_position_embeddings": 48}}
+    else:
+        config["original_max_position_embeddings"] = 48
+    spec = ModelSpec.from_config(config)
+    assert (spec.max_context, spec.longrope_limit) == (48, True)
+    assert ModelSpec.from_config(config | {"rope_scaling": None}).max_context == 64
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ("{", "cannot be read"),
         ("[]", "is not a JSON object"),
-        ('{"model_type": "t5"}', "has no 'num_attention_heads'"),
+        ('{"model_type": "llama"}', "has no 'num_attention_heads'"),
+        ('{"model_type": "t5"}', "Models of type 't5'"),
+        ('{"model_type": "llama", "rope_scaling": "linear"}', "wrong type"),
         (json.dumps({**CONFIG, "hidden_size": "wide"}), "wrong type"),
         (json.dumps({**CONFIG, "hidden_size": None}), "wrong type"),
     ],

@@ -10,29 +10,87 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from factories import ARCHITECTURES
+from factories import ARCHITECTURES, QUANTISED
+from model_table import PAGE, table
 
 import batchrun
 from batchrun.errors import ExitCode, ModelRefused
-from batchrun.supported import MODEL_TYPES, ROPE_TYPES, check_supported
+from batchrun.specs import rope_parameters, rope_type, text_config
+from batchrun.supported import MODEL_TYPES, QUANTIZATIONS, ROPE_TYPES, TORCHAO_TYPES, check_supported
 
 ModelFactory = Callable[..., Path]
 LLAMA = {"model_type": "llama"}
 
 # What differs in config.json, and what the message has to name.
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "another model type": ({"model_type": "gemma2"}, "gemma2"),
-    "a mixture of experts": ({"model_type": "qwen3_moe"}, "qwen3_moe"),
-    "no model type": ({"model_type": None}, "None"),
-    "dynamic RoPE": ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "dynamic"),
-    "long RoPE": ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0, "rope_theta": 1e4}}, "longrope"),
-    "RoPE of no known type": ({"rope_parameters": {"rope_type": "new", "rope_theta": 1e4}}, "new"),
-    "dynamic RoPE by its older name": ({"rope_parameters": None, "rope_scaling": {"type": "dynamic"}}, "dynamic"),
-    "both names, of which transformers takes the older": (
-        {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
-        "dynamic",
+    "another model type": ({"model_type": "falcon"}, "falcon"),
+    "another text model in a model for images": (
+        {"model_type": "gemma3", "text_config": LLAMA | {"model_type": "t5"}},
+        "t5",
     ),
-    "quantised weights": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "[Qq]uantised"),
+    "no model type": ({"model_type": None}, "None"),
+    "RoPE of no known type": ({"rope_parameters": {"rope_type": "new", "rope_theta": 1e4}}, "new"),
+    "RoPE of no known type by its older name": ({"rope_parameters": None, "rope_scaling": {"type": "su"}}, "su"),
+    "both names, of which transformers takes the older": (
+        {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"rope_type": "new", "factor": 2.0}},
+        "new",
+    ),
+    "RoPE of no known type in some layers": (
+        {"rope_parameters": {"full_attention": {"rope_type": "new"}, "sliding_attention": {"rope_type": "default"}}},
+        "new",
+    ),
+    "layers of no known type": ({"layer_types": ["full_attention", "chunked_attention"]}, "chunked_attention"),
+    "rows that see what comes later": ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "later"),
+    "a quantisation that was not tried": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
+    "a quantisation of no name": ({"quantization_config": {"bits": 4}}, "None"),
+    "quantised activations": (
+        {
+            "quantization_config": {
+                "quant_method": "compressed-tensors",
+                "config_groups": {"group_0": {"weights": {"num_bits": 8}, "input_activations": {"num_bits": 8}}},
+            }
+        },
+        "input activations",
+    ),
+    "quantised KV": (
+        {
+            "quantization_config": {
+                "quant_method": "compressed-tensors",
+                "config_groups": {"group_0": {"weights": {"num_bits": 8}}},
+                "kv_cache_scheme": {"num_bits": 8},
+            }
+        },
+        "KV",
+    ),
+    "weights quantised in two ways": (
+        {
+            "quantization_config": {
+                "quant_method": "compressed-tensors",
+                "format": "pack-quantized",
+                "config_groups": {"group_0": {"weights": {"num_bits": 8}}, "group_1": {"weights": {"num_bits": 4}}},
+            }
+        },
+        "2 ways",
+    ),
+    "weights in a format that was not tried": (
+        {
+            "quantization_config": {
+                "quant_method": "compressed-tensors",
+                "format": "int-quantized",
+                "config_groups": {"group_0": {"weights": {"num_bits": 8}}},
+            }
+        },
+        "int-quantized",
+    ),
+    "torchao's quantised activations": (
+        {
+            "quantization_config": {
+                "quant_method": "torchao",
+                "quant_type": {"default": {"_type": "Int8DynamicActivationInt8WeightConfig", "_data": {}}},
+            }
+        },
+        "Int8DynamicActivationInt8WeightConfig",
+    ),
 }
 
 
@@ -84,7 +142,7 @@ def test_no_torch_is_loaded_to_refuse_a_model(model_dir: ModelFactory, tmp_path:
     folder.mkdir()
     for file in model_dir("llama").iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
-    config = json.loads((folder / "config.json").read_text()) | {"model_type": "gemma2"}
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "falcon"}
     (folder / "config.json").write_text(json.dumps(config))
     (tmp_path / "job.jsonl").write_text('{"prompt": "a"}\n')
     script = f"""
@@ -109,7 +167,20 @@ def test_what_the_tests_run_is_supported(model_dir: ModelFactory, architecture: 
 def test_each_supported_type_is_run_by_the_tests(model_dir: ModelFactory) -> None:
     configs = [json.loads((model_dir(name) / "config.json").read_text()) for name in ARCHITECTURES]
     assert {config["model_type"] for config in configs} == set(MODEL_TYPES)
-    assert {config["rope_parameters"]["rope_type"] for config in configs} == set(ROPE_TYPES)
+    found = {
+        rope_type(config["model_type"], rope) for config in configs for rope in rope_parameters(text_config(config))
+    }
+    assert found == set(ROPE_TYPES)
+
+
+def test_the_page_has_the_table_of_what_the_tests_run() -> None:
+    assert table() in PAGE.read_text(encoding="utf-8"), "python tests/model_table.py --write"
+
+
+def test_each_quantisation_that_is_supported_is_run_by_the_tests() -> None:
+    tested = [name.split(", ") for name in QUANTISED]
+    assert {name for name, *_ in tested} == set(QUANTIZATIONS)
+    assert {kind for name, *kinds in tested for kind in kinds if name == "torchao"} == set(TORCHAO_TYPES)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from batchrun.errors import ModelRefused, UsageError
+from batchrun.supported import MODEL_TYPES
 from batchrun.tokenizer import IncrementalDecoder, PromptEncoder, StopStrings, _section_starts, load_tokenizer
 from batchrun.tokenizer import Tokenizer as BatchrunTokenizer
 
@@ -88,6 +89,15 @@ def sentencepiece(legacy: bool) -> Tokenizer:
     return tokenizer
 
 
+def gemma() -> Tokenizer:
+    """As Gemma: BPE over whole texts in which spaces are written out, bytes where there is no token for a character."""
+    tokenizer = sentencepiece(legacy=False)
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return tokenizer
+
+
 def add_tokens(tokenizer: Tokenizer) -> None:
     tokenizer.add_special_tokens(SPECIAL)
     tokenizer.add_tokens([AddedToken("<|tool|>", special=False)])
@@ -100,6 +110,7 @@ KINDS = {
     "qwen": qwen,
     "mistral": lambda: sentencepiece(legacy=False),
     "llama2": lambda: sentencepiece(legacy=True),
+    "gemma": gemma,
 }
 
 
@@ -162,10 +173,13 @@ any_kind = st.sampled_from(list(KINDS))
 
 
 @every_kind
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
 @pytest.mark.parametrize(
     "declared",
-    ["PreTrainedTokenizerFast", "TokenizersBackend", "LlamaTokenizerFast", "Qwen2Tokenizer", "GPT2Tokenizer", None],
+    [
+        *("PreTrainedTokenizerFast", "TokenizersBackend", "LlamaTokenizerFast", "Qwen2Tokenizer", "GPT2Tokenizer"),
+        *("GemmaTokenizer", None),
+    ],
 )
 def test_the_tokenizer_is_the_one_that_transformers_builds(kind, model_type, declared):
     from transformers import AutoTokenizer
@@ -529,7 +543,7 @@ def test_a_bpe_tokenizer_that_asks_for_clean_up_is_decoded_as_transformers_does(
     assert tokenizer.decode(ids) == theirs.decode(ids, skip_special_tokens=True) == "don ' t , stop ."
 
 
-@pytest.mark.parametrize("declared", ["PreTrainedTokenizerFast", "LlamaTokenizer", "Qwen2Tokenizer"])
+@pytest.mark.parametrize("declared", ["PreTrainedTokenizerFast", "LlamaTokenizer", "Qwen2Tokenizer", "GemmaTokenizer"])
 def test_tokenising_loads_no_torch(declared):
     folder = saved("mistral" if declared == "LlamaTokenizer" else "qwen", "llama", declared)
     code = f"""

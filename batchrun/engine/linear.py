@@ -34,7 +34,9 @@ def pack_linears(module: nn.Module) -> None:
     """Swap every linear layer of a model for a packed one, where that is possible. A weight that something else uses
     too (a tied embedding) stays where it is, and the layer gets a packed copy."""
     for name, child in module.named_children():
-        if isinstance(child, nn.Linear) and can_pack(child.weight.dtype):
+        # Not a kind of its own, nor one whose weight is quantised.
+        plain = type(child) is nn.Linear and type(child.weight.data) is torch.Tensor
+        if plain and can_pack(child.weight.dtype):
             setattr(module, name, PackedLinear(child))
         else:
             pack_linears(child)

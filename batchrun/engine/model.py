@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM, CompressedTensorsConfig, Mxfp4Config
 from transformers.utils import logging as transformers_logging
 
 from batchrun.engine.attention import batchrun_attention
@@ -87,8 +87,13 @@ def load_model(
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **_dequantization(config),
             **({"device_map": device} if device != "cpu" and find_spec("accelerate") else {}),  # no copy on the host
         )
+    except ImportError as error:  # of a library that reads quantised weights
+        raise ModelRefused(
+            f"The weights in {path} cannot be loaded: {error}", hint="pip install 'batchrun[quantized]'"
+        ) from error
     except (OSError, RuntimeError, ValueError) as error:
         raise ModelRefused(f"The weights in {path} cannot be loaded: {error}") from error
     module, info = loaded
@@ -98,17 +103,30 @@ def load_model(
             f"The weights in {path} lack {len(missing)} tensors that the model needs, such as {missing[0]}.",
             hint="Copy the model again; the files may be of another model.",
         )
+    text = module.model
+    if hasattr(text, "language_model"):  # a model that takes images: of it the text part is run
+        for name in [name for name, _ in text.named_children() if name != "language_model"]:
+            delattr(text, name)
+        text = text.language_model
     module.eval().to(device)
     if device == "cpu":
         pack_linears(module)
     return LoadedModel(
         module=module,
-        num_layers=len(module.model.layers),
-        num_heads=module.config.num_attention_heads,
-        num_kv_heads=module.config.num_key_value_heads,
-        head_dim=module.model.layers[0].self_attn.head_dim,
-        vocab_size=module.config.vocab_size,
+        num_layers=len(text.layers),
+        num_heads=text.config.num_attention_heads,
+        num_kv_heads=text.config.num_key_value_heads,
+        head_dim=text.layers[0].self_attn.head_dim,
+        vocab_size=text.config.vocab_size,
         dtype=module.dtype,
         device=device,
         attention=attention,
     )
+
+
+def _dequantization(config: dict[str, Any]) -> dict[str, Any]:
+    """What tells transformers to undo the quantisation of weights while it loads them, where it can: the same products
+    as if they were undone each time, by layers that can be packed. Nothing for other checkpoints."""
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    kinds = {"compressed-tensors": CompressedTensorsConfig, "mxfp4": Mxfp4Config}
+    return {"quantization_config": kinds[method](dequantize=True)} if method in kinds else {}

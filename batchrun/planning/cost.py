@@ -92,7 +92,8 @@ class CostModel:
         self.device = device
         self._bytes = DTYPE_BYTES[dtype]
         self._kv_bytes = model.kv_bytes_per_token(dtype)
-        self._weights = (model.linear_parameters + model.vocab_size * model.hidden_size) * self._bytes
+        # A step has rows enough for every expert to be asked by some.
+        self._weights = (model.layer_parameters + model.vocab_size * model.hidden_size) * self._bytes
         if dtype not in device.flops:
             raise UsageError(
                 f"The file of device {device.name} has no flops for {dtype}.",
@@ -122,7 +123,7 @@ class CostModel:
             layers * work.steps,
             self._linear(work),
             work.steps * self._weights,
-            layers * work.rows * (model.hidden_size + model.intermediate_size),
+            layers * work.rows * (model.hidden_size + model.mlp_width),
             4 * layers * width * work.pairs,
             (work.prefix_kv + work.suffix_kv + work.rows) * self._kv_bytes,
             layers * work.chunks,

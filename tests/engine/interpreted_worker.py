@@ -78,6 +78,15 @@ def answers(
         ("llama-odd-heads", {}),
         ("qwen3", {}),
         ("mistral-window", {"head_dim": 16}),
+        ("gemma2-window", {}),
+        ("gemma3_text", {}),
+        ("gpt_oss-window", {}),
+        ("granite", {"head_dim": 16}),
+        ("mixtral-window", {"head_dim": 16}),
+        ("olmo2", {"hidden_size": 64}),
+        ("phi3-window", {"hidden_size": 64}),
+        ("qwen3_moe", {}),
+        ("smollm3-window", {"hidden_size": 64}),
     ],
 )
 def test_the_kernels_give_the_tokens_of_the_cpu(model_dir: ModelFactory, architecture: str, options: dict) -> None:

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import DEAR_ROWS, make_requests
 
+from batchrun.engine import attention as attention_module
 from batchrun.engine import batch as batch_module
 from batchrun.engine.attention import batchrun_attention
 from batchrun.engine.batch import AttentionWork, Batch
@@ -157,6 +158,8 @@ def check(
     step_tokens: int = 1000,
     scattered: bool = False,
     new_tokens: int = 3,
+    softcap: float | None = None,
+    sinks: bool = False,
     dtype: torch.dtype = torch.float32,
     tolerance: float = 1e-5,
     expect: set[str] = frozenset(),  # type: ignore[assignment]
@@ -171,6 +174,7 @@ def check(
     for pool in pools:
         pool.fill_(float("nan"))  # so that a place read before it is written shows
     generator = torch.Generator().manual_seed(0)
+    s_aux = torch.randn(heads_q, generator=generator) if sinks else None
     kinds: set[str] = set()
     for step in steps_of(requests, page_size=page_size, pages=pages, step_tokens=step_tokens, scattered=scattered):
         tables.apply(step)
@@ -189,7 +193,17 @@ def check(
                 for n in (heads_q, heads_kv, heads_kv)
             )
             out, _ = batchrun_attention(
-                Layer(layer), query, key, value, None, scaling=0.4, sliding_window=window, batch=batch, kv_cache=cache
+                Layer(layer),
+                query,
+                key,
+                value,
+                None,
+                scaling=0.4,
+                sliding_window=window,
+                softcap=softcap,
+                s_aux=s_aux,
+                batch=batch,
+                kv_cache=cache,
             )
             expected, _ = shared_prefix_attention(
                 query[0].transpose(0, 1),
@@ -197,6 +211,8 @@ def check(
                 cache.values[layer],
                 follower.visible(step, window),
                 scale=0.4,
+                softcap=softcap,
+                sinks=s_aux,
             )
             assert out.shape == (1, step.num_rows, heads_q, head_dim)
             error = (out[0].float() - expected).norm(dim=-1) / expected.norm(dim=-1)
@@ -281,6 +297,31 @@ def test_neighbouring_chunks_of_equal_length() -> None:
     check(tree(10, branching=5, own=(20, 20, 20, 33, 33)), expect={"causal chunks"})
 
 
+@pytest.mark.parametrize("scattered", [False, True])
+@pytest.mark.parametrize("windows", [(None,), (7, None)])
+@pytest.mark.parametrize(("softcap", "sinks"), [(0.5, False), (None, True), (0.5, True)])
+def test_soft_caps_and_sinks(
+    monkeypatch: pytest.MonkeyPatch,
+    softcap: float | None,
+    sinks: bool,
+    windows: tuple[int | None, ...],
+    scattered: bool,
+) -> None:
+    """In calls of all kinds; scores of soft-capped layers in several blocks of rows."""
+    monkeypatch.setattr(attention_module, "_SCORES_AT_ONCE", 2000)
+    expect = {"prefix of level 1", "decodes", "short chunks", "long decode"}
+    expect |= {"masked prefix", "rows blind to a prefix", "windowed chunk"} if 7 in windows else {"causal chunk"}
+    check(
+        [*tree(9, 7, branching=2, own=(1, 25, 4)), [90] * 530],
+        windows=windows,
+        softcap=softcap,
+        sinks=sinks,
+        scattered=scattered,
+        new_tokens=6,
+        expect=expect,
+    )
+
+
 def test_half_precision() -> None:
     check(tree(40, 20, branching=2, own=(1, 30)), dtype=torch.bfloat16, tolerance=2e-2)
     check(tree(40, 20, branching=2, own=(1, 30)), windows=(25,), dtype=torch.bfloat16, tolerance=2e-2)
@@ -342,9 +383,7 @@ def test_any_job(
 # What is not computed -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "asked", [{"softcap": 30.0}, {"s_aux": torch.zeros(2)}, {"something_new": True}, {"dropout": 0.1}]
-)
+@pytest.mark.parametrize("asked", [{"something_new": True}, {"dropout": 0.1}])
 def test_what_is_not_computed_is_refused(asked: dict[str, object]) -> None:
     requests = make_requests([[1, 2, 3]], [1])
     step = steps_of(requests, page_size=4, pages=4, step_tokens=8, scattered=False)[0]

@@ -13,7 +13,16 @@ FILE = Path(__file__).with_name("interpreted_worker.py")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="triton is for Linux")
-@pytest.mark.parametrize("architecture", ["llama-options0", "odd-heads", "qwen3", "mistral-window"])
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        *("llama-options0", "odd-heads", "qwen3-options2", "mistral-window", "gemma2", "gpt_oss"),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("gemma3_text", "granite", "mixtral", "olmo2", "phi3", "qwen3_moe", "smollm3")
+        ),
+    ],
+)
 def test_the_engine_with_the_triton_kernels_under_the_interpreter(architecture: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(FILE)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
