@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": {"request"},
     "formats": {"errors", "request", "report.records", "schedule.step"},
     "tokenizer": {"errors", "request", "tokens"},
+    "grammar": {"request"},
     "execution": {
         "errors",
         "request",
@@ -39,11 +40,11 @@ MAY_IMPORT: dict[str, set[str]] = {
         "formats.results",
         "formats.rundir",
     },
-    "engine": {"errors", "request", "tokens", "specs", "supported", "schedule.step", "planning.memory"},
+    "engine": {"errors", "grammar", "request", "tokens", "specs", "supported", "schedule.step", "planning.memory"},
     "config": {"errors", "specs", "request", "planning.order", "prefix.groups"},
     "models": {"config", "devices", "errors", "specs"},
     "subject": {"config", "devices", "errors", "models", "specs", "supported"},
-    "intake": {"config", "request", "specs", "tokenizer", "tokens"},
+    "intake": {"config", "grammar", "request", "specs", "tokenizer", "tokens"},
     "prepare": {
         "config",
         "execution",
@@ -104,6 +105,7 @@ LIBRARIES: dict[str, set[str]] = {
 LIBRARIES_LATER: dict[str, set[str]] = {
     "transformers": {"tokenizer"},
     "jinja2": {"tokenizer"},
+    "llguidance": {"grammar"},
     "huggingface_hub": {"models"},
 }
 
