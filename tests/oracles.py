@@ -102,6 +102,12 @@ class ContextWorker:
             self.owner[page] = slot
             self.pages_of.setdefault(slot, []).append(page)
             self.token[page * self.page_size : (page + 1) * self.page_size] = -1
+        if step.past is not None:
+            ids = step.past.token_ids.copy()
+            ids[ids < 0] = self.before[-1 - ids[ids < 0]]
+            ends = np.cumsum(step.past.length)
+            past = [ids[end - size : end].tolist() for end, size in zip(ends, step.past.length, strict=True)]
+            assert ends[-1] == ids.size
         first_row = np.cumsum(step.length) - step.length
         assert int(step.length.sum()) == step.num_rows
         assert len(set(step.sequence.tolist())) == step.sequence.size
@@ -136,6 +142,9 @@ class ContextWorker:
             assert seen == whole[: len(seen)]
             assert step.num_sampled[c] == len(done)
             assert step.samples[c] == (len(seen) == len(whole))
+            if step.past is not None:
+                looks = step.samples[c] and self.requests.sampling[self.requests.sampling_id[request]].looks_back
+                assert past[c] == (done if looks else []), "the past of another request"
             if step.samples[c]:
                 done.append(next_token(seen))
                 tokens.append(done[-1])

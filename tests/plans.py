@@ -70,6 +70,8 @@ def a_planned(plan: PlanFile | None = None, **changes: Any) -> Planned:
 
 def an_explanation(**changes: Any) -> Explanation:
     request = ExplainedRequest(
+        duplicate_of=None,
+        answers=1,
         prompt_tokens=219,
         shared_tokens=213,
         cached_tokens=212,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -124,12 +125,19 @@ def test_n_answers_are_those_of_n_lines_with_their_seeds(run):
 
 def test_words_that_are_bad_and_tokens_that_are_biased_are_not_written(run, reference):
     _, tokenizer = reference
-    [plain] = texts(run([{"id": "a", "prompt": PROMPTS[0], **GREEDY}])["a"])
-    words = plain.split()
+    line = {"id": "a", "prompt": PROMPTS[0], **GREEDY, "logprobs": 0}
+    plain = run([line])["a"]["choices"][0]["logprobs"]["tokens"]
+    # Those that are a token of their own.
+    words = [word for word in plain if len(tokenizer.encode(word, add_special_tokens=False)) == 1]
     assert len(words) > 2
-    [other] = texts(run([{"id": "a", "prompt": PROMPTS[0], **GREEDY, "bad_words": words}])["a"])
-    assert not any(f" {word} " in f" {other} " for word in words)
-    first = tokenizer.encode(plain, add_special_tokens=False)[0]
+    other = run([line | {"bad_words": words}])["a"]["choices"][0]["logprobs"]["tokens"]
+    assert not set(words) & set(other)
+    pair = next(one + two for one, two in pairwise(plain) if "\ufffd" not in one + two)
+    ids = tokenizer.encode(pair, add_special_tokens=False)
+    assert len(ids) > 1
+    again = run([line | {"bad_words": [pair]}])["a"]["choices"][0]["logprobs"]["tokens"]
+    assert pair not in "".join(again)
+    first = tokenizer.encode(words[0], add_special_tokens=False)[0]
     biased = run([{"id": "a", "prompt": PROMPTS[0], **GREEDY, "logit_bias": {str(first): 100}}])
     assert texts(biased["a"]) == [tokenizer.decode([first] * 12)]
 

@@ -106,10 +106,10 @@ class Sampler:
     def __init__(self, requests: Requests, eos_token_ids: frozenset[int], device: str = "cpu") -> None:
         self._requests = requests
         settings = requests.sampling
-        # Of an answer with a grammar, its mask says where it may end.
+# Of an answer with a grammar, its mask says where it may end.
         self._min_tokens = np.array([0 if s.grammar else s.min_tokens for s in settings], dtype=np.int32)
         self._ends = _Lists([np.array(s.ends(eos_token_ids), dtype=np.int64) for s in settings])
-        self._bias = _Lists([np.array(s.logit_bias, dtype=_BIAS) for s in settings])
+        self._bias = _Lists([np.array(list(s.logit_bias), dtype=_BIAS) for s in settings])
         longest = max((len(word) for s in settings for word in s.bad_words), default=1)
         self._words = _Lists(
             [
@@ -149,7 +149,7 @@ class Sampler:
         early = np.flatnonzero(num_sampled < self._min_tokens[settings])
         if early.size:
             rows, ends = self._ends.of(settings, early)
-            there = ends < vocab_size
+            there = (ends >= 0) & (ends < vocab_size)
             arrays["held_row"], arrays["held_token"] = rows[there], ends[there]
         drawn = np.flatnonzero(self._by_setting["temperature"][settings] > 0)
         if drawn.size:

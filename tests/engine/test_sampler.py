@@ -41,7 +41,7 @@ class Sampler(EngineSampler):
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
         sampling = self.prepare(requests, num_sampled, logits.shape[-1])
         arrays = {name: torch.from_numpy(array) for name, array in sampling.arrays.items()}
-        found = self.sample(logits, sampling, arrays).numpy().astype(np.int32)
+        found = self.sample(logits, sampling, arrays).token_ids.numpy().astype(np.int32)
         return found, self.ended(requests, found)
 
 
