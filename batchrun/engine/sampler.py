@@ -106,7 +106,7 @@ class Sampler:
     def __init__(self, requests: Requests, eos_token_ids: frozenset[int], device: str = "cpu") -> None:
         self._requests = requests
         settings = requests.sampling
-# Of an answer with a grammar, its mask says where it may end.
+        # Of an answer with a grammar, its mask says where it may end.
         self._min_tokens = np.array([0 if s.grammar else s.min_tokens for s in settings], dtype=np.int32)
         self._ends = _Lists([np.array(s.ends(eos_token_ids), dtype=np.int64) for s in settings])
         self._bias = _Lists([np.array(list(s.logit_bias), dtype=_BIAS) for s in settings])
