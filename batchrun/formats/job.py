@@ -814,8 +814,6 @@ _GRAMMARS: dict[str, Callable[[str, Any], Grammar | None]] = {
 }
 
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
-    **_GRAMMARS,
-    "guided_whitespace_pattern": _filled,
     "model": _text,
     "max_tokens": _integer(1),
     "max_completion_tokens": _integer(1),
@@ -837,6 +835,8 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "include_stop_str_in_output": _boolean,
     "skip_special_tokens": _boolean,
     "truncate_prompt_tokens": _truncate,
+    **_GRAMMARS,
+    "guided_whitespace_pattern": _filled,
 }
 _OF_ENDPOINT: dict[Endpoint, dict[str, Callable[[str, Any], Any]]] = {
     Endpoint.CHAT: {"logprobs": _boolean, "top_logprobs": _integer(0, MAX_LOGPROBS)},

@@ -39,7 +39,7 @@ def run(
 
 
 def some_look_back(requests: Requests) -> Requests:
-    """Of three requests one wants to know what it has sampled, and one, which follows a grammar, cannot go on before."""
+    """Of three requests one wants to know what it has sampled, and one, with a grammar, cannot go on before."""
     sampling = [
         SamplingParams(0.0),
         SamplingParams(0.0, presence_penalty=1.0),
