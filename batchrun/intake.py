@@ -6,12 +6,13 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
 
 from batchrun.config import RunConfig, derive_seed, resolve_max_tokens, resolve_sampling
+from batchrun.grammar import Grammars
 from batchrun.request import Endpoint, JobLine, LineFault, LineOptions, Requests, SamplingParams, TextColumn
 from batchrun.specs import ModelSpec
 from batchrun.tokenizer import Int32, PromptEncoder, Tokenizer
@@ -82,18 +83,43 @@ def read_requests(
     silent = clipped = 0
 
     @lru_cache(maxsize=4096)  # most lines say the same
-    def sampling_id(options: LineOptions) -> int:
+    def sampling_of(options: LineOptions) -> SamplingParams:
         sampling = resolve_sampling(options, config.sampling, generation_config, config.ignore_generation_config)
         if options.bad_words:
             sampling = replace(sampling, bad_words=tokenizer.encode_words(options.bad_words))
-        return known.setdefault(sampling, len(known))
+        return sampling
+
+    @lru_cache(maxsize=4096)
+    def sampling_id(options: LineOptions) -> int:
+        return known.setdefault(sampling_of(options), len(known))
+
+    eos_token_ids = tokenizer.eos_token_ids(generation_config)
+
+    @cache
+    def grammars() -> Grammars:  # only where a line has one
+        return Grammars(tokenizer.vocabulary(spec.vocab_size))
+
+    def refusal(line: JobLine) -> LineFault | None:
+        """Why the grammar of a line cannot be followed."""
+        options = line.options
+        if options.grammar is None:
+            return None
+        reason = grammars().fault(options.grammar)
+        if reason is not None:
+            reason = f"it cannot be compiled: {reason}"
+        elif not sampling_of(options).ends(eos_token_ids):
+            reason = "no token may end the answer: leave ignore_eos out, or give stop_token_ids"
+        else:
+            return None
+        message = f"{options.grammar_field}: {reason}"
+        return LineFault(line.number, line.custom_id, "invalid_request", message, options.grammar_field)
 
     encoder = PromptEncoder(tokenizer)
     for batch in _batches(lines, tokenizer):
         for (line, _), prompts in zip(batch, _encode(batch, encoder), strict=True):
             if not isinstance(prompts, LineFault):
                 prompts = _truncated(line, prompts, spec)
-            fault = prompts if isinstance(prompts, LineFault) else _fault(line, prompts, spec)
+            fault = prompts if isinstance(prompts, LineFault) else _fault(line, prompts, spec) or refusal(line)
             if fault is not None:
                 faults.append(fault)
                 continue

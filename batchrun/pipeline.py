@@ -550,7 +550,10 @@ class Run:
         requests, plan = prepared.requests, prepared.plan
         self._wait_for_engine(engine)
         eos_token_ids = prepared.tokenizer.eos_token_ids(self.subject.generation_config)
-        engine.start(requests, eos_token_ids, plan.budget.page_size, plan.budget.pages)
+        vocabulary = None
+        if any(sampling.grammar is not None for sampling in requests.sampling):
+            vocabulary = prepared.tokenizer.vocabulary(self.subject.spec.vocab_size)
+        engine.start(requests, eos_token_ids, plan.budget.page_size, plan.budget.pages, vocabulary)
 
         texts = TextStops(prepared.tokenizer, requests)
         logprobs = LogprobTable(requests)

@@ -9,7 +9,7 @@ engine know requests only.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -32,6 +32,18 @@ class FinishReason(StrEnum):
 
     STOP = "stop"
     LENGTH = "length"
+
+
+class Grammar(NamedTuple):
+    """What an answer must be a text of.
+
+    Attributes:
+        kind: `json` (a JSON schema), `regex`, `choice` (a list of texts in JSON) or `grammar` (Lark or GBNF).
+        text: in the words of its kind.
+    """
+
+    kind: str
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +73,7 @@ class SamplingParams:
     echo: bool = False  # whether the text begins with the prompt
     n: int = 1  # answers to a prompt
     tool_calls: bool = False  # whether calls of tools are looked for in the text
+    grammar: Grammar | None = None  # what the answer must be a text of
 
     @property
     def greedy(self) -> bool:
@@ -70,7 +83,15 @@ class SamplingParams:
     def looks_back(self) -> bool:
         """Whether the choice of a token depends on those sampled before."""
         penalties = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1
-        return bool(penalties) or any(len(word) > 1 for word in self.bad_words)
+        return bool(penalties or self.grammar) or any(len(word) > 1 for word in self.bad_words)
+
+    def ends(self, eos_token_ids: Collection[int]) -> tuple[int, ...]:
+        """The tokens that end an answer, ascending.
+
+        Args:
+            eos_token_ids: the model's ends of text.
+        """
+        return tuple(sorted({*self.stop_token_ids, *(() if self.ignore_eos else eos_token_ids)}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +117,8 @@ class LineOptions:
     echo: bool | None = None
     n: int | None = None  # answers to each prompt
     tool_calls: bool | None = None
+    grammar: Grammar | None = None
+    grammar_field: str | None = None  # the field that has it
     truncate_prompt_tokens: int | None = None  # the last so many tokens of a prompt count; -1: as many as fit
     max_tokens: int | None = None  # max_completion_tokens where the line has it, else max_tokens
     seed: int | None = None

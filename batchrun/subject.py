@@ -113,7 +113,7 @@ def _model_digest(path: Path) -> str:
 
 def _environment() -> dict[str, Any]:
     versions: dict[str, str | None] = {}
-    for package in ("batchrun", "torch", "transformers", "tokenizers", "numpy", "triton"):
+    for package in ("batchrun", "torch", "transformers", "tokenizers", "llguidance", "numpy", "triton"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:

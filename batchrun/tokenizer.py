@@ -48,6 +48,7 @@ class Tokenizer:
         self.has_chat_template: bool = fast.chat_template is not None
         self._special = frozenset(id for id, token in fast.added_tokens_decoder.items() if token.special)
         self._tokens: dict[int, TokenText] = {}
+        self._vocabulary: list[bytes] | None = None
         self._bytes = frozenset[int]()
         decoder = self._backend.decoder
         if decoder is not None and b'"ByteFallback"' in decoder.__getstate__():
@@ -96,6 +97,26 @@ class Tokenizer:
         """The template's text; None if there is none, or several."""
         template = self._fast.chat_template
         return template if isinstance(template, str) else None
+
+    def vocabulary(self, size: int) -> list[bytes]:
+        """The bytes that each token below `size` adds to a text; none for special tokens and where there is none."""
+        if self._vocabulary is None:
+            self._vocabulary = self._token_bytes()
+        known = self._vocabulary[:size]
+        return known + [b""] * (size - len(known))
+
+    def _token_bytes(self) -> list[bytes]:
+        decoder, added = self._backend.decoder, self._fast.added_tokens_decoder
+        letters = decoder is not None and json.loads(decoder.__getstate__()).get("type") == "ByteLevel"
+        found = [b""] * (max(self._fast.get_vocab().values(), default=-1) + 1)
+        for name, id in self._fast.get_vocab().items():
+            if id in self._special:
+                continue
+            if letters and id not in added and all(letter in _BYTE_OF for letter in name):
+                found[id] = bytes(map(_BYTE_OF.__getitem__, name))
+            else:
+                found[id] = self.token(id).bytes
+        return found
 
     def render_chat(
         self,

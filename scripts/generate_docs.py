@@ -193,6 +193,17 @@ MEANINGS = {
     "chat_template_kwargs": "Further variables of the chat template.",
     "top_logprobs": "Of a chat with `logprobs`: likeliest tokens to name at each place.",
     "echo": "Of a completion: its text begins with the prompt. Not together with `logprobs`.",
+    "response_format": "What the answer must be: with `json_schema` JSON by its `schema`, with `json_object` any "
+    "object ([structured outputs](sampling.md#structured-outputs)).",
+    "structured_outputs": "vLLM's name for it, with one of `json` (a schema), `regex`, `choice` (a list of texts), "
+    "`grammar` (Lark or GBNF) and `json_object`; `disable_any_whitespace` and `whitespace_pattern` say how JSON is "
+    "written.",
+    "guided_json": "The older name of `structured_outputs.json`.",
+    "guided_regex": "The older name of `structured_outputs.regex`.",
+    "guided_choice": "The older name of `structured_outputs.choice`.",
+    "guided_grammar": "The older name of `structured_outputs.grammar`.",
+    "guided_json_object": "The older name of `structured_outputs.json_object`.",
+    "guided_whitespace_pattern": "The older name of `structured_outputs.whitespace_pattern`.",
 }
 
 NOT_BUILT = """### Fields that are accepted only where they change nothing

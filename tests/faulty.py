@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import time
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,8 +24,8 @@ from batchrun.schedule.step import Step
 class FaultyEngine(Engine):
     """The real engine, but for some requests."""
 
-    def start(self, requests: Requests, eos_token_ids: frozenset[int], page_size: int, num_pages: int) -> None:
-        super().start(requests, eos_token_ids, page_size, num_pages)
+    def start(self, requests: Requests, *args: Any) -> None:
+        super().start(requests, *args)
         self.faults = {int(request): fault for request, fault in json.loads(os.environ["FAULTS"]).items()}
         self.forward = self.worker._forward
         self.worker._forward = self.faulty_forward  # type: ignore[method-assign]

@@ -9,7 +9,7 @@ import numpy as np
 
 from batchrun.planning.cost import CostModel
 from batchrun.request import Requests, SamplingParams
-from batchrun.schedule.step import Step, StepOutput
+from batchrun.schedule.step import PastTokens, Step, StepOutput
 from batchrun.specs import DeviceSpec, ModelSpec
 from batchrun.tokens import TokenTable
 
@@ -104,6 +104,7 @@ class ContextWorker:
             self.token[page * self.page_size : (page + 1) * self.page_size] = -1
         if step.past is not None:
             ids = step.past.token_ids.copy()
+            self.check_known(step.request, step.past)
             ids[ids < 0] = self.before[-1 - ids[ids < 0]]
             ends = np.cumsum(step.past.length)
             past = [ids[end - size : end].tolist() for end, size in zip(ends, step.past.length, strict=True)]
@@ -151,6 +152,12 @@ class ContextWorker:
                 ended.append(done[-1] == self.end)
         self.before = np.array(tokens, dtype=np.int32)
         return StepOutput(self.before, np.array(ended, dtype=bool), 0.0)
+
+    def check_known(self, request: np.ndarray, past: PastTokens) -> None:
+        """What follows a grammar is computed only once all that it has sampled is known."""
+        sampling = [self.requests.sampling[self.requests.sampling_id[one]] for one in request]
+        follows = np.repeat([one.grammar is not None for one in sampling], past.length)
+        assert (past.token_ids[follows] >= 0).all()
 
     def place(self, slot: int, own: int) -> int:
         return self.pages_of[slot][own // self.page_size] * self.page_size + own % self.page_size

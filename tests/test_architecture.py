@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "formats": {"errors", "request", "report.records", "schedule.step"},
     "tokenizer": {"errors", "request", "tokens"},
     "chat": {"request"},
+    "grammar": {"request"},
     "execution": {
         "chat",
         "errors",
@@ -41,11 +42,11 @@ MAY_IMPORT: dict[str, set[str]] = {
         "formats.results",
         "formats.rundir",
     },
-    "engine": {"errors", "request", "tokens", "specs", "supported", "schedule.step", "planning.memory"},
+    "engine": {"errors", "grammar", "request", "tokens", "specs", "supported", "schedule.step", "planning.memory"},
     "config": {"errors", "specs", "request", "planning.order", "prefix.groups"},
     "models": {"config", "devices", "errors", "specs", "supported"},
     "subject": {"config", "devices", "errors", "models", "specs"},
-    "intake": {"config", "request", "specs", "tokenizer", "tokens"},
+    "intake": {"config", "grammar", "request", "specs", "tokenizer", "tokens"},
     "prepare": {
         "config",
         "execution",
@@ -137,6 +138,7 @@ LIBRARIES: dict[str, set[str]] = {
 LIBRARIES_LATER: dict[str, set[str]] = {
     "transformers": {"tokenizer"},
     "jinja2": {"tokenizer"},
+    "llguidance": {"grammar"},
     "huggingface_hub": {"models"},
 }
 

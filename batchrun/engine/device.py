@@ -33,6 +33,10 @@ class Device:
         was submitted to the device."""
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
+    def send(self, array: npt.NDArray[Any]) -> torch.Tensor:
+        """An array as a tensor, besides those of a step: for what is known only once the step is under way."""
+        return torch.from_numpy(array)
+
     def download(self, tensor: torch.Tensor) -> Callable[[], npt.NDArray[Any]]:
         """Begin to copy a tensor to the host; the function returned waits for it."""
         return tensor.numpy
@@ -103,6 +107,10 @@ class CudaDevice(Device):
             name: self._buffer[begin : begin + array.nbytes].view(_TORCH_DTYPE[array.dtype.name]).view(array.shape)
             for begin, (name, array) in zip(begins, arrays.items(), strict=True)
         }
+
+    def send(self, array: npt.NDArray[Any]) -> torch.Tensor:
+        host = torch.from_numpy(array)
+        return (host.pin_memory() if self._pinned else host).to(self.name, non_blocking=True)
 
     def download(self, tensor: torch.Tensor) -> Callable[[], npt.NDArray[Any]]:
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)

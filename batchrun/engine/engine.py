@@ -3,6 +3,7 @@ that nothing it does can take a run down, in one of its own (`execution.process`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,12 +63,19 @@ class Engine:
         self.close()
         return kv_memory(self._model, self._device, share=share, rows=rows, page_size=page_size)
 
-    def start(self, requests: Requests, eos_token_ids: frozenset[int], page_size: int, num_pages: int) -> None:
+    def start(
+        self,
+        requests: Requests,
+        eos_token_ids: frozenset[int],
+        page_size: int,
+        num_pages: int,
+        vocabulary: Sequence[bytes] | None = None,
+    ) -> None:
         """Take in what steps will speak of; arguments as for `TorchWorker`."""
         from batchrun.engine.torch_worker import TorchWorker
 
         self.close()
-        self._started = requests, eos_token_ids, page_size, num_pages
+        self._started = requests, eos_token_ids, page_size, num_pages, vocabulary
         self._worker = TorchWorker(
             self._model,
             requests,
@@ -76,6 +84,7 @@ class Engine:
             num_pages=num_pages,
             device=self._device,
             deterministic=self._settings.deterministic,
+            vocabulary=vocabulary,
         )
 
     @property

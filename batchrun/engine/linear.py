@@ -35,8 +35,7 @@ def pack_linears(module: nn.Module) -> None:
     too (a tied embedding) stays where it is, and the layer gets a packed copy."""
     for name, child in module.named_children():
         # Not a kind of its own, nor one whose weight is quantised.
-        plain = type(child) is nn.Linear and type(child.weight.data) is torch.Tensor
-        if plain and can_pack(child.weight.dtype):
+        if type(child) is nn.Linear and type(child.weight.data) is torch.Tensor and can_pack(child.weight.dtype):
             setattr(module, name, PackedLinear(child))
         else:
             pack_linears(child)

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AttentionInterface, AutoModelForCausalLM, CompressedTensorsConfig, Mxfp4Config
+from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
+from transformers.utils.quantization_config import CompressedTensorsConfig, Mxfp4Config
 
 from batchrun.engine.attention import batchrun_attention
 from batchrun.engine.batch import StepTensors

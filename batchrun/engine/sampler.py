@@ -106,13 +106,9 @@ class Sampler:
     def __init__(self, requests: Requests, eos_token_ids: frozenset[int], device: str = "cpu") -> None:
         self._requests = requests
         settings = requests.sampling
-        self._min_tokens = np.array([s.min_tokens for s in settings], dtype=np.int32)
-        self._ends = _Lists(
-            [
-                np.array(sorted({*s.stop_token_ids, *(() if s.ignore_eos else eos_token_ids)}), dtype=np.int64)
-                for s in settings
-            ]
-        )
+        # Of an answer with a grammar, its mask says where it may end.
+        self._min_tokens = np.array([0 if s.grammar else s.min_tokens for s in settings], dtype=np.int32)
+        self._ends = _Lists([np.array(s.ends(eos_token_ids), dtype=np.int64) for s in settings])
         self._bias = _Lists([np.array(list(s.logit_bias), dtype=_BIAS) for s in settings])
         longest = max((len(word) for s in settings for word in s.bad_words), default=1)
         self._words = _Lists(
@@ -173,7 +169,12 @@ class Sampler:
         )
 
     def sample(
-        self, logits: torch.Tensor, sampling: Sampling, arrays: Tensors, before: torch.Tensor | None = None
+        self,
+        logits: torch.Tensor,
+        sampling: Sampling,
+        arrays: Tensors,
+        before: torch.Tensor | None = None,
+        mask: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> Sampled:
         """Sample a token for each row, on the device and without waiting for it.
 
@@ -182,12 +183,15 @@ class Sampler:
             sampling: what `prepare` said of the rows.
             arrays: its arrays, on the device.
             before: int64, what the step before sampled; needed where past tokens are marked.
+            mask: rows and bits as in `masks.Mask`: the tokens that may be sampled.
         """
         raw = logits[arrays["logprob_row"]].float().log_softmax(dim=-1) if "logprob_row" in arrays else None
         if sampling.adjusts:
             logits = self._adjust(logits.float(), arrays, before)
         if "held_row" in arrays:
             logits[arrays["held_row"], arrays["held_token"]] = _NEVER
+        if mask is not None:
+            _exclude(logits, *mask)
         token_ids = logits.argmax(dim=-1)
         # The largest of a row with a NaN in it is NaN.
         sound = logits.gather(-1, token_ids[:, None])[:, 0].isfinite()
@@ -312,10 +316,23 @@ class Sampler:
         # In order of token id, not of probability: a rounding difference between two near-equal tokens then moves a
         # boundary by as little, where a sorted order would swap them.
         cumulative = torch.softmax(logits, dim=-1, dtype=torch.float64).cumsum(dim=-1)
-        return torch.searchsorted(cumulative, point[:, None] * cumulative[:, -1:], right=True)[:, 0]
+        drawn = torch.searchsorted(cumulative, point[:, None] * cumulative[:, -1:], right=True)[:, 0]
+        return drawn.clamp(max=logits.shape[-1] - 1)  # logits that are no numbers lead behind the last
 
 
 _BIAS = np.dtype([("token", np.int64), ("bias", np.float32)])
+
+
+def _exclude(logits: torch.Tensor, rows: torch.Tensor, bits: torch.Tensor) -> None:
+    """Exclude the tokens whose bits are not set, some rows at a time."""
+    each = 1 << torch.arange(8, dtype=torch.uint8, device=logits.device)
+    some = max(_DRAWN_AT_ONCE // logits.shape[-1], 1)
+    for row, of_row in zip(rows.split(some), bits.split(some), strict=True):
+        excluded = ((of_row[:, :, None] & each) == 0).flatten(1)[:, : logits.shape[-1]]
+        if row.numel() == logits.shape[0]:  # all of them, in order
+            logits.masked_fill_(excluded, _NEVER)
+        else:
+            logits[row] = logits[row].masked_fill(excluded, _NEVER)
 
 
 def _padded(word: tuple[int, ...], length: int) -> list[int]:

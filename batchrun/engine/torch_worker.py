@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from batchrun.engine.batch import Batch, StepTensors
 from batchrun.engine.device import Device, make_device
 from batchrun.engine.kv_cache import KVCache, PageTables
+from batchrun.engine.masks import Masks
 from batchrun.engine.model import LoadedModel
 from batchrun.engine.sampler import Sampled, Sampler, concat_sampled
 from batchrun.request import Requests, SamplingParams
@@ -35,14 +36,18 @@ class _UnderWay:
     seconds: Callable[[], float]
     padded_rows: int
     parts: int
+    stuck: dict[int, str]
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """What a forward pass sampled, and the rows that it computed."""
+    """What a forward pass sampled and why it could not where it could not, the rows that it computed, and those of them
+    that sample."""
 
     sampled: Sampled
+    stuck: dict[int, str]
     rows: int
+    samples: int
 
 
 class TorchWorker:
@@ -56,6 +61,7 @@ class TorchWorker:
         num_pages: pages of the pool.
         device: where the model is.
         deterministic: whether attention on a GPU gives a row the same bits whatever else is in its step.
+        vocabulary: as for `grammar.Grammars`; needed where a request has a grammar.
     """
 
     def __init__(
@@ -68,11 +74,13 @@ class TorchWorker:
         num_pages: int,
         device: Device | None = None,
         deterministic: bool = False,
+        vocabulary: Sequence[bytes] | None = None,
     ) -> None:
         self._model = model
         self._deterministic = deterministic
         self._device = device or make_device(model.device)
         self._sampler = Sampler(requests, eos_token_ids, model.device)
+        self._masks = Masks(requests, vocabulary, eos_token_ids) if vocabulary is not None else None
         self._tables = PageTables(page_size)
         self._kv_cache: KVCache | None = KVCache(
             model.num_layers,
@@ -99,7 +107,9 @@ class TorchWorker:
             token_ids = self._device.download(self._sampled)
             logprobs = [self._device.download(column) for column in sampled.logprobs or ()]
         rows = sum(part.rows for part in parts)
-        self._under_way.append(_UnderWay(step, token_ids, logprobs, stop(), rows - step.num_rows, len(parts)))
+        first = np.cumsum([part.samples for part in parts]) - [part.samples for part in parts]
+        stuck = {int(at) + row: why for at, part in zip(first, parts, strict=True) for row, why in part.stuck.items()}
+        self._under_way.append(_UnderWay(step, token_ids, logprobs, stop(), rows - step.num_rows, len(parts), stuck))
 
     def _run(self, step: Step) -> list[_Part]:
         """Run a step, in parts where there is not enough memory to run it at once."""
@@ -115,6 +125,7 @@ class TorchWorker:
     def _forward(self, step: Step) -> _Part:
         if self._kv_cache is None:
             raise RuntimeError("the worker is closed")
+        finding = self._masks.begin(step) if self._masks is not None else None
         batch = self._make_batch(step)
         requests = step.request[step.samples]
         past = PastTokens(step.past.length[step.samples], step.past.token_ids) if step.past is not None else None
@@ -122,7 +133,13 @@ class TorchWorker:
         tensors = self._device.upload({**batch.arrays, **sampling.arrays})
         batch.bind(tensors, self._sampled)
         logits = self._logits(batch, self._kv_cache)[: requests.size]
-        return _Part(self._sampler.sample(logits, sampling, tensors, self._sampled), batch.num_rows)
+        if finding is None:
+            mask, stuck = None, {}
+        else:
+            found = finding.result()
+            mask, stuck = (self._device.send(found.rows), self._device.send(found.bits)), found.stuck
+        sampled = self._sampler.sample(logits, sampling, tensors, self._sampled, mask)
+        return _Part(sampled, stuck, batch.num_rows, requests.size)
 
     def collect(self) -> StepOutput:
         done = self._under_way.popleft()
@@ -134,9 +151,11 @@ class TorchWorker:
             rows = self._sampler.logprob_rows(requests)
             logprobs = StepLogprobs(rows, sampled, top_ids.astype(np.int32), top)
         ended = self._sampler.ended(requests, token_ids)
-        return StepOutput(token_ids, ended, done.seconds(), done.padded_rows, done.parts, logprobs)
+        return StepOutput(token_ids, ended, done.seconds(), done.padded_rows, done.parts, logprobs, done.stuck)
 
     def close(self) -> None:
+        if self._masks is not None:
+            self._masks.close()
         self._kv_cache = None
         self._under_way.clear()
 

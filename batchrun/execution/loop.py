@@ -108,7 +108,13 @@ def run_loop(
             if recovery is not None:
                 recovery.finished()
         on_step(step, output)
-        unsound = step.request[step.samples][output.token_ids < 0]
+        without_token = output.token_ids < 0
+        for place, cause in output.stuck.items():
+            without_token[place] = False
+            if recovery is None:
+                raise AssertionError(cause)
+            recovery.stuck(int(step.request[step.samples][place]), cause)
+        unsound = step.request[step.samples][without_token]
         unsound = unsound[np.isin(unsound, scheduler.requests_in_steps())] if unsound.size else unsound
         if unsound.size:
             if recovery is None:

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -147,8 +147,15 @@ class RemoteEngine:
         found: int | None = self._remote.call("kv_memory", share, rows, page_size)
         return found
 
-    def start(self, requests: Requests, eos_token_ids: frozenset[int], page_size: int, num_pages: int) -> None:
-        self._started = requests.for_sampling(), eos_token_ids, page_size, num_pages
+    def start(
+        self,
+        requests: Requests,
+        eos_token_ids: frozenset[int],
+        page_size: int,
+        num_pages: int,
+        vocabulary: Sequence[bytes] | None = None,
+    ) -> None:
+        self._started = requests.for_sampling(), eos_token_ids, page_size, num_pages, vocabulary
         self._remote.call("start", *self._started)
 
     def submit(self, step: Step) -> None:

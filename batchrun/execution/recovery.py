@@ -85,6 +85,10 @@ class Recovery:
                 self._quarantine(request, cause)
         self._next_trial()
 
+    def stuck(self, request: int, cause: str) -> None:
+        """The grammar of a request allows no token: it would allow none the next time either."""
+        self._quarantine(request, f"no token can follow by its grammar: {cause}", attempts=1)
+
     def finished(self) -> None:
         """A request got its answer."""
         self._in_a_row = 0
@@ -116,7 +120,7 @@ class Recovery:
     def _next_trial(self) -> None:
         self._scheduler.confine(self._trials[-1] if self._trials else None)
 
-    def _quarantine(self, request: int, cause: str) -> None:
+    def _quarantine(self, request: int, cause: str, attempts: int = 0) -> None:
         self._scheduler.drop([request])
         log.warning("request %s is left out: %s", request, cause)
-        self._on_quarantined(request, self._seen[request] + self._unsound[request], cause)
+        self._on_quarantined(request, self._seen[request] + self._unsound[request] + attempts, cause)

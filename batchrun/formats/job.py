@@ -26,7 +26,7 @@ import orjson
 import zstandard
 
 from batchrun.errors import OutputError, UsageError
-from batchrun.request import Endpoint, JobLine, LineFault, LineOptions
+from batchrun.request import Endpoint, Grammar, JobLine, LineFault, LineOptions
 
 MAX_LINE_BYTES = 256 << 20
 MAX_CUSTOM_ID = 512  # characters
@@ -36,6 +36,7 @@ MAX_LOGPROBS = 20  # alternatives, as at OpenAI's
 MAX_CHOICES = 128
 MAX_BIASES = 1024
 MAX_BAD_WORDS = 128
+MAX_CHOICE_TEXTS = 10_000  # that an answer may be one of
 
 _BLOCK = 1 << 20
 _ZSTD_BLOCK = 1 << 11  # zstd packs up to 32,000-fold: 2 KiB can open to 64 MiB
@@ -466,6 +467,7 @@ def _read_body(
     elif found.get("echo") and found.get("logprobs") is not None:
         message = "echo with logprobs asks for logprobs of the prompt; " + _NO_PROMPT_LOGPROBS
         raise _Fault("unsupported_field", "echo", message)
+    _one_grammar(found)
     options = _options((*found.items(), *hints.items()))
     if options.min_tokens and options.max_tokens and options.min_tokens > options.max_tokens:
         raise _invalid("min_tokens", options.min_tokens, f"at most max_tokens ({options.max_tokens})")
@@ -479,6 +481,24 @@ def _chat_logprobs(found: dict[str, Any]) -> None:
         raise _invalid("top_logprobs", alternatives, "given with logprobs: true")
     if wanted:
         found["logprobs"] = alternatives
+
+
+def _one_grammar(found: dict[str, Any]) -> None:
+    """Put the grammar of a line, by whichever field it has it, under one name."""
+    fields = [name for name in _GRAMMARS if found.get(name) is not None]
+    grammars = {name: found.pop(name, None) for name in _GRAMMARS}
+    whitespace = found.pop("guided_whitespace_pattern", None)
+    if not fields:
+        return
+    name = fields[0]
+    if len(fields) > 1:
+        raise _Fault("invalid_request", fields[1], f"{fields[1]} and {name} both say what the answer must be; give one")
+    if found.get("bad_words"):
+        message = f"bad_words with {name} may leave no token to choose; let the grammar say what is not wanted"
+        raise _Fault("invalid_request", "bad_words", message)
+    found["grammar"], found["grammar_field"] = grammars[name], name
+    if whitespace is not None:
+        found["grammar"] = _with_guidance(found["grammar"], whitespace_pattern=whitespace)
 
 
 def _hints(path: str, hints: Any, unknown: list[str]) -> dict[str, Any]:
@@ -730,6 +750,96 @@ def _texts(name: str, value: Any) -> tuple[str, ...]:
     return tuple(value)
 
 
+def _filled(name: str, value: Any) -> str:
+    if type(value) is not str or not value:
+        raise _invalid(name, value, "a text that is not empty")
+    return value
+
+
+def _json_schema(name: str, value: Any) -> Grammar:
+    """A JSON schema, or one written as a text."""
+    schema = value
+    if type(value) is str:
+        try:
+            schema = orjson.loads(value)
+        except orjson.JSONDecodeError as error:
+            raise _invalid(name, value, f"a JSON schema (as a text it is not valid JSON: {error.msg})") from None
+    if type(schema) not in (dict, bool):
+        raise _invalid(name, value, "a JSON schema, as an object or as the text of one")
+    return Grammar("json", orjson.dumps(schema).decode())
+
+
+def _any_object(name: str, value: Any) -> Grammar | None:
+    return Grammar("json", '{"type":"object"}') if _boolean(name, value) else None
+
+
+def _regex(name: str, value: Any) -> Grammar:
+    return Grammar("regex", _filled(name, value))
+
+
+def _lark(name: str, value: Any) -> Grammar:
+    return Grammar("grammar", _filled(name, value))
+
+
+def _choice(name: str, value: Any) -> Grammar:
+    if (
+        type(value) is not list
+        or not 0 < len(value) <= MAX_CHOICE_TEXTS
+        or not all(type(s) is str and s for s in value)
+    ):
+        raise _invalid(name, value, f"a list of 1 to {MAX_CHOICE_TEXTS} texts, none of them empty")
+    return Grammar("choice", orjson.dumps(value).decode())
+
+
+def _with_guidance(grammar: Grammar, **wanted: Any) -> Grammar:
+    """A JSON schema that tells llguidance how it may be written; other grammars as they are."""
+    if grammar.kind != "json":
+        return grammar
+    schema = orjson.loads(grammar.text)
+    said = schema.pop("x-guidance", {}) if type(schema) is dict else {}
+    inner = schema if type(schema) is dict else {"allOf": [schema]}
+    return Grammar("json", orjson.dumps({"x-guidance": {**said, **wanted}, **inner}).decode())
+
+
+def _structured(name: str, value: Any) -> Grammar | None:
+    """vLLM's `structured_outputs`: one kind of grammar, and how JSON may be written."""
+    if type(value) is not dict:
+        raise _invalid(name, value, 'an object like {"json": {...}}')
+    given = {kind: said for kind, said in value.items() if said is not None}
+    for kind in given.keys() - _KINDS.keys() - _WRITING.keys():
+        raise _Fault("unsupported_field", name, f"{name}.{_name(kind)} is not supported; there are {', '.join(_KINDS)}")
+    found = {kind: _KINDS[kind](f"{name}.{kind}", said) for kind, said in given.items() if kind in _KINDS}
+    grammars = [grammar for grammar in found.values() if grammar is not None]
+    if len(grammars) > 1:
+        raise _Fault(
+            "invalid_request", name, f"{name} must have one of {', '.join(_KINDS)}, and has {', '.join(found)}"
+        )
+    writing = {kind: _WRITING[kind](f"{name}.{kind}", said) for kind, said in given.items() if kind in _WRITING}
+    if not grammars:
+        if given.keys() & _KINDS.keys() or not given:
+            return None
+        raise _Fault("invalid_request", name, f"{name} must have one of {', '.join(_KINDS)}")
+    if writing.get("disable_any_whitespace"):
+        return _with_guidance(grammars[0], whitespace_flexible=False)
+    if (pattern := writing.get("whitespace_pattern")) is not None:
+        return _with_guidance(grammars[0], whitespace_pattern=pattern)
+    return grammars[0]
+
+
+def _response_format(name: str, value: Any) -> Grammar | None:
+    kind = value.get("type") if type(value) is dict else None
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return _any_object(name, True)
+    if kind != "json_schema":
+        raise _invalid(name, value, "an object whose type is text, json_object or json_schema")
+    described = value.get("json_schema")
+    if type(described) is not dict or (schema := described.get("schema")) is None:
+        raise _invalid(f"{name}.json_schema", described, 'an object like {"name": "...", "schema": {...}}')
+    return _json_schema(f"{name}.json_schema.schema", schema)
+
+
 def _truncate(name: str, value: Any) -> int:
     if value == 0:
         raise _invalid(name, value, "an integer of at least 1, or -1 for as many as fit")
@@ -751,6 +861,30 @@ _MESSAGE_FIELDS = {"role", "content", "name", "tool_call_id"}
 _CONTENT: dict[Endpoint, tuple[str, Callable[[Any, list[str]], tuple[Any, ...]]]] = {
     Endpoint.CHAT: ("messages", _messages),
     Endpoint.COMPLETIONS: ("prompt", _prompts),
+}
+
+# What `structured_outputs` may have: kinds of grammars, and how JSON is written.
+_KINDS: dict[str, Callable[[str, Any], Grammar | None]] = {
+    "json": _json_schema,
+    "regex": _regex,
+    "choice": _choice,
+    "grammar": _lark,
+    "json_object": _any_object,
+}
+_WRITING: dict[str, Callable[[str, Any], Any]] = {
+    "disable_any_whitespace": _boolean,
+    "whitespace_pattern": _filled,
+    "disable_fallback": _boolean,  # there is one library
+}
+# The fields that say what an answer must be.
+_GRAMMARS: dict[str, Callable[[str, Any], Grammar | None]] = {
+    "response_format": _response_format,
+    "structured_outputs": _structured,
+    "guided_json": _json_schema,
+    "guided_regex": _regex,
+    "guided_choice": _choice,
+    "guided_grammar": _lark,
+    "guided_json_object": _any_object,
 }
 
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
@@ -775,6 +909,8 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "include_stop_str_in_output": _boolean,
     "skip_special_tokens": _boolean,
     "truncate_prompt_tokens": _truncate,
+    **_GRAMMARS,
+    "guided_whitespace_pattern": _filled,
 }
 _OF_ENDPOINT: dict[Endpoint, dict[str, Callable[[str, Any], Any]]] = {
     Endpoint.CHAT: {
@@ -802,7 +938,7 @@ def _fields(names: str, *neutral: Any) -> dict[str, tuple[Any, ...]]:
 # Fields that say nothing about the answer.
 _INFORMATIVE = {
     **_fields("user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention"),
-    **_fields("request_id priority cache_salt"),
+    **_fields("request_id priority cache_salt guided_decoding_backend"),
 }
 
 # Fields of OpenAI's and vLLM's that are not built, with the values at which they change nothing.
@@ -814,13 +950,11 @@ _NOT_BUILT: dict[str, tuple[Any, ...]] = {
     **_fields("spaces_between_special_tokens add_generation_prompt", True),
     **_fields("include_reasoning parallel_tool_calls", True, False),
     **_fields("tool_choice function_call", "none", "auto"),
-    **_fields("response_format", {"type": "text"}),
     **_fields("modalities", ["text"]),
     **_fields("verbosity", "medium"),
     **_fields("tools functions prompt_logprobs stream_options audio prediction suffix", [], {}, ""),
     **_fields("reasoning_effort web_search_options add_special_tokens", [], {}, ""),
     **_fields("chat_template chat_template_kwargs documents mm_processor_kwargs media_io_kwargs", [], {}, ""),
     **_fields("allowed_token_ids logits_processors prompt_embeds kv_transfer_params", [], {}, ""),
-    **_fields("structured_outputs structural_tag guided_json guided_regex guided_choice", [], {}, ""),
-    **_fields("guided_grammar guided_decoding_backend guided_whitespace_pattern vllm_xargs", [], {}, ""),
+    **_fields("structural_tag vllm_xargs", [], {}, ""),
 }

@@ -140,6 +140,9 @@ class Scheduler:
         self.depth = depth
         looks_back = np.array([sampling.looks_back for sampling in requests.sampling], dtype=bool)
         self._looks_back = looks_back if looks_back.any() else None  # by settings
+        # A grammar says what may come next only once the token before is known, so these wait for it.
+        waits = np.array([sampling.grammar is not None for sampling in requests.sampling], dtype=bool)
+        self._waits = waits if depth > 1 and waits.any() else None  # by settings
         self._lag = depth - 1  # steps that a request keeps its pages after the one that samples its last token
 
         groups = plan.groups
@@ -545,7 +548,7 @@ class Scheduler:
         of all rows of a layer is stored before any row attends.
         """
         seqs = self.sequences
-        slots = self._advancing
+        slots = self._advancing if self._waits is None else self._advancing[~self._wait(self._advancing)]
         left = seqs.num_tokens[slots] - seqs.num_computed[slots]
         decodes = self._decodes(slots, left)
         room = max(self._step_tokens - int(decodes.sum()), 0)
@@ -553,6 +556,14 @@ class Scheduler:
         length = np.clip(room - (np.cumsum(others) - others), 0, others)
         length = np.where(decodes, 1, length).astype(np.int32)
         return slots[length > 0], length[length > 0]
+
+    def _wait(self, slots: Int32) -> Bool:
+        """Which requests cannot go on before it is known what the step under way samples for them."""
+        assert self._waits is not None
+        seqs = self.sequences
+        request, last = seqs.request[slots], np.maximum(seqs.num_sampled[slots] - 1, 0)
+        in_flight = (seqs.num_sampled[slots] > 0) & (seqs.sampled[slots, last] < 0)
+        return (request >= 0) & in_flight & self._waits[self._requests.sampling_id[request]]
 
     def _reserve_pages(self, slots: Int32, length: Int32) -> bool:
         """Grant the pages that a step needs. Where they run out, take some back and return False: the step must be

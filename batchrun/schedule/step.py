@@ -6,7 +6,7 @@ logprobs are wanted, K likeliest tokens that are named.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -198,6 +198,7 @@ class StepOutput:
         padded_rows: rows computed beyond those of the step.
         parts: forward passes that it took: more than one where memory ran out.
         logprobs: where requests asked for them, else None.
+        stuck: why a grammar allows no token, by place among the sampling chunks; -1 is their token.
     """
 
     token_ids: Int32
@@ -206,3 +207,4 @@ class StepOutput:
     padded_rows: int = 0
     parts: int = 1
     logprobs: StepLogprobs | None = None
+    stuck: dict[int, str] = field(default_factory=dict)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from batchrun.execution.worker import WorkerLost
 from batchrun.planning.memory import MemoryBudget
 from batchrun.planning.planner import Plan, PlanOptions, make_plan, pages_needed
 from batchrun.prefix.forest import build_forest
-from batchrun.request import Requests
+from batchrun.request import Grammar, Requests
 from batchrun.schedule.scheduler import Finished, Scheduler
 from batchrun.schedule.step import Step, StepOutput
 
@@ -211,3 +211,39 @@ def test_no_token_of_a_step_that_was_lost_is_kept() -> None:
     assert again.num_sampled.tolist() == [1, 1]
     assert np.array_equal(np.sort(again.request), [0, 1])
     assert (again.token_ids >= 0).all()
+
+
+class StuckWorker(ContextWorker):
+    """Has no token for some requests from their third on."""
+
+    def __init__(self, requests: Requests, page_size: int, pages: int, stuck: set[int]) -> None:
+        super().__init__(requests, page_size, pages)
+        self.stuck = stuck
+
+    def collect(self) -> StepOutput:
+        step = self.under_way[0]
+        output = super().collect()
+        requests, sampled = step.request[step.samples].tolist(), step.num_sampled[step.samples].tolist()
+        for place, (request, before) in enumerate(zip(requests, sampled, strict=True)):
+            if request in self.stuck and before == 2:
+                output.token_ids[place] = -1
+                output.stuck[place] = "no way on"
+        return output
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_request_whose_grammar_allows_nothing_is_left_out_at_once(depth: int) -> None:
+    prompts = [[7] * 9 + [i] for i in range(6)]
+    requests = make_requests(prompts, [6] * 6, ignore_eos=True)
+    requests.sampling[0] = replace(requests.sampling[0], grammar=Grammar("regex", ".*"))
+    plan = plan_of(requests, 4, 9, 16)
+    scheduler, worker = Scheduler(plan, requests, depth=depth), StuckWorker(requests, 4, plan.budget.pages, {1, 4})
+    left_out: list[tuple[int, int, str]] = []
+    finished: list[Finished] = []
+    recovery = Recovery(scheduler, lambda *told: left_out.append(told))
+    run_loop(scheduler, worker, on_finished=finished.append, recovery=recovery)
+    assert sorted((request, attempts) for request, attempts, _ in left_out) == [(1, 1), (4, 1)]
+    assert all("no way on" in cause for _, _, cause in left_out)
+    assert recovery.crashes == 0
+    assert {f.request: f.token_ids.tolist() for f in finished} == {i: answer(prompts[i], 6, None) for i in (0, 2, 3, 5)}
+    assert scheduler.pool.num_used == 0

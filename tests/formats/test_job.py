@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from batchrun.formats.job import lint_job, open_job, read_job
-from batchrun.request import Endpoint, JobLine, LineFault, LineOptions
+from batchrun.request import Endpoint, Grammar, JobLine, LineFault, LineOptions
 
 HELLO = {"role": "user", "content": "Hello"}
 
@@ -355,15 +355,9 @@ NOT_BUILT = {
     "best_of": 2,
     "stream": True,
     "prompt_logprobs": 0,
-    "response_format": {"type": "json_object"},
     "tool_choice": "required",
     "functions": [{"name": "f"}],
     "function_call": {"name": "f"},
-    "structured_outputs": {"choice": ["a"]},
-    "guided_json": {"type": "object"},
-    "guided_regex": "a+",
-    "guided_choice": ["a"],
-    "guided_grammar": "root ::= 'a'",
     "reasoning_effort": "low",
     "modalities": ["text", "audio"],
     "audio": {"voice": "alloy"},
@@ -407,6 +401,90 @@ def test_tools_and_what_else_the_template_gets(tmp_path):
         ),
     ):
         assert fault(tmp_path, chat(**{field: value})).param == param
+
+
+SCHEMA = {"type": "object", "properties": {"b": {"type": "integer"}, "a": {}}}
+ANY_OBJECT = Grammar("json", '{"type":"object"}')
+AS_TEXT = json.dumps(SCHEMA, separators=(",", ":"))  # properties in their order
+GRAMMARS = [
+    ("response_format", {"type": "text"}, None),
+    ("response_format", {"type": "json_object"}, ANY_OBJECT),
+    (
+        "response_format",
+        {"type": "json_schema", "json_schema": {"name": "n", "strict": True, "schema": SCHEMA}},
+        Grammar("json", AS_TEXT),
+    ),
+    ("structured_outputs", {"json": SCHEMA}, Grammar("json", AS_TEXT)),
+    ("structured_outputs", {"json": json.dumps(SCHEMA), "regex": None}, Grammar("json", AS_TEXT)),
+    ("structured_outputs", {"regex": "a+"}, Grammar("regex", "a+")),
+    ("structured_outputs", {"choice": ["a", "ü"]}, Grammar("choice", '["a","ü"]')),
+    ("structured_outputs", {"grammar": "root ::= x"}, Grammar("grammar", "root ::= x")),
+    ("structured_outputs", {"json_object": True}, ANY_OBJECT),
+    ("structured_outputs", {"json_object": False}, None),
+    ("structured_outputs", {}, None),
+    (
+        "structured_outputs",
+        {"json": {"type": "array"}, "disable_any_whitespace": True},
+        Grammar("json", '{"x-guidance":{"whitespace_flexible":false},"type":"array"}'),
+    ),
+    (
+        "structured_outputs",
+        {"json": {"type": "array"}, "whitespace_pattern": " ?"},
+        Grammar("json", '{"x-guidance":{"whitespace_pattern":" ?"},"type":"array"}'),
+    ),
+    ("guided_json", SCHEMA, Grammar("json", AS_TEXT)),
+    ("guided_json", json.dumps(SCHEMA), Grammar("json", AS_TEXT)),
+    ("guided_regex", "a+", Grammar("regex", "a+")),
+    ("guided_choice", ["a"], Grammar("choice", '["a"]')),
+    ("guided_grammar", "start: x", Grammar("grammar", "start: x")),
+    ("guided_json_object", True, ANY_OBJECT),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "grammar"), GRAMMARS)
+def test_what_an_answer_must_be(tmp_path, name, value, grammar):
+    for line in (chat(**{name: value}), {"prompt": "a", name: value}):
+        options = sound(tmp_path, line).options
+        assert options.grammar == grammar
+        assert options.grammar_field == (None if grammar is None else name)
+
+
+BAD_GRAMMARS = [
+    ("response_format", "json", "response_format"),
+    ("response_format", {"type": "json_schema"}, "response_format.json_schema"),
+    ("response_format", {"type": "json_schema", "json_schema": {"name": "n"}}, "response_format.json_schema"),
+    (
+        "response_format",
+        {"type": "json_schema", "json_schema": {"schema": 3}},
+        "response_format.json_schema.schema",
+    ),
+    ("structured_outputs", [], "structured_outputs"),
+    ("structured_outputs", {"json": "{"}, "structured_outputs.json"),
+    ("structured_outputs", {"json": SCHEMA, "regex": "a"}, "structured_outputs"),
+    ("structured_outputs", {"whitespace_pattern": " "}, "structured_outputs"),
+    ("structured_outputs", {"choice": []}, "structured_outputs.choice"),
+    ("structured_outputs", {"choice": ["a", ""]}, "structured_outputs.choice"),
+    ("structured_outputs", {"choice": "a"}, "structured_outputs.choice"),
+    ("guided_json", "not JSON", "guided_json"),
+    ("guided_regex", "", "guided_regex"),
+    ("guided_choice", ["a", 1], "guided_choice"),
+    ("guided_grammar", {}, "guided_grammar"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "param"), BAD_GRAMMARS)
+def test_what_is_no_grammar_is_refused_by_name(tmp_path, name, value, param):
+    found = fault(tmp_path, chat(**{name: value}))
+    assert (found.code, found.param) == ("invalid_request", f"body.{param}")
+
+
+def test_a_line_has_one_grammar(tmp_path):
+    found = fault(tmp_path, chat(guided_regex="a", response_format={"type": "json_object"}))
+    assert (found.code, found.param) == ("invalid_request", "body.guided_regex")
+    assert "response_format" in found.message
+    assert fault(tmp_path, chat(guided_regex="a", bad_words=["a"])).param == "body.bad_words"
+    found = fault(tmp_path, chat(structured_outputs={"structural_tag": "x"}))
+    assert (found.code, found.param) == ("unsupported_field", "body.structured_outputs")
 
 
 def test_true_is_not_one(tmp_path):

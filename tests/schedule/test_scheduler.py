@@ -17,7 +17,7 @@ from batchrun.planning.order import ORDERS
 from batchrun.planning.planner import Plan, PlanOptions, make_plan, pages_needed
 from batchrun.prefix.forest import build_forest
 from batchrun.prefix.groups import GROUPINGS
-from batchrun.request import FinishReason, Requests, SamplingParams
+from batchrun.request import FinishReason, Grammar, Requests, SamplingParams
 from batchrun.schedule.pages import PagePool
 from batchrun.schedule.scheduler import Finished, Scheduler
 from batchrun.schedule.step import StepOutput
@@ -38,10 +38,14 @@ def run(
     return scheduler, finished
 
 
-def half_look_back(requests: Requests) -> Requests:
-    """Every other request wants to know what it has sampled."""
-    sampling = [SamplingParams(0.0), SamplingParams(0.0, presence_penalty=1.0)]
-    return replace(requests, sampling=sampling, sampling_id=np.arange(len(requests), dtype=np.int32) % 2)
+def some_look_back(requests: Requests) -> Requests:
+    """Of three requests one wants to know what it has sampled, and one, with a grammar, cannot go on before."""
+    sampling = [
+        SamplingParams(0.0),
+        SamplingParams(0.0, presence_penalty=1.0),
+        SamplingParams(0.0, grammar=Grammar("regex", ".*")),
+    ]
+    return replace(requests, sampling=sampling, sampling_id=np.arange(len(requests), dtype=np.int32) % 3)
 
 
 jobs = st.lists(
@@ -73,7 +77,7 @@ def test_every_request_gets_the_answer_it_would_get_alone(
     depth: int,
 ) -> None:
     prompts, limits = [p for p, _ in job], [n for _, n in job]
-    requests = half_look_back(make_requests(prompts, limits))
+    requests = some_look_back(make_requests(prompts, limits))
     options = {"step_tokens": step_tokens, "schedule_order": order, "grouping": grouping, "first_guess": first_guess}
     # Just enough pages for the request that needs most, and a few more.
     plan = plan_of(requests, pages=1, page_size=page_size, **options)
@@ -279,7 +283,7 @@ def test_a_step_is_what_its_parts_are_one_after_the_other(
     job: list[tuple[list[int], int]], page_size: int, step_tokens: int, data: st.DataObject
 ) -> None:
     """Every step is cut anywhere, once or twice: each row sees what it saw, and the same rows sample."""
-    requests = half_look_back(make_requests([p for p, _ in job], [n for _, n in job]))
+    requests = some_look_back(make_requests([p for p, _ in job], [n for _, n in job]))
     plan = plan_of(requests, pages=200, page_size=page_size, step_tokens=step_tokens)
     worker, scheduler = ContextWorker(requests, page_size, 200), Scheduler(plan, requests)
     finished: list[Finished] = []
