@@ -592,9 +592,12 @@ class Scheduler:
         """Take pages back: from an idle prefix if there is one, else from the request that loses least."""
         seqs = self.sequences
         resident = self._slot_of_group[self._slot_of_group >= 0]
-        idle = resident[(seqs.readers[resident] == 0) & (seqs.num_pages[resident] > 0)]
+        idle = resident[seqs.readers[resident] == 0]
+        # Of those that were to read these all have been put back; and what one reads itself may not outlive it.
+        unfinished = idle[seqs.num_computed[idle] < seqs.num_tokens[idle]]
+        for slot in unfinished.tolist() or idle[np.argsort(seqs.admitted[idle])][:1].tolist():
+            self._evict(slot)
         if idle.size:
-            self._evict(int(idle[np.argmin(seqs.admitted[idle])]))
             return
         candidates = self._under_way()
         candidates = candidates[seqs.admitted[candidates] > seqs.admitted[candidates].min()]  # the oldest goes on
@@ -608,7 +611,7 @@ class Scheduler:
 
     def _evict(self, slot: int) -> None:
         """Give back the pages of a prefix that nobody reads at the moment; it is computed again when needed."""
-        self.counters.prefix_evictions += 1
+        self.counters.prefix_evictions += bool(self.sequences.num_pages[slot])
         self._drop_prefix(slot)
 
     def _drop_prefix(self, slot: int) -> None:
