@@ -147,12 +147,10 @@ def test_answers_are_the_same_whatever_is_shared_and_preempted(model_dir, tmp_pa
 
 @pytest.mark.own_process
 def test_answers_are_the_same_after_the_worker_was_lost(model_dir, tmp_path, monkeypatch):
-    lines = [
-        *mixed_lines(),
-        {"id": "kills", "prompt": "Numbers: 7", "max_tokens": 9, "temperature": 0, "ignore_eos": True},
-    ]
+    kills = {"id": "kills", "prompt": "Numbers: 7", "max_tokens": 9, "temperature": 0, "ignore_eos": True}
+    lines = [kills, *mixed_lines()]
     sound = run(model_dir(), tmp_path, lines, in_process=True)
-    monkeypatch.setenv("FAULTS", json.dumps({len(lines) - 1: ["segfault", 5]}))
+    monkeypatch.setenv("FAULTS", json.dumps({0: ["segfault", 5]}))
     monkeypatch.setattr(pipeline, "build_engine", build_faulty_engine)
     found = run(model_dir(), tmp_path, lines, step_timeout=30)
     assert found.pop("kills")["error"]["code"] == "engine_quarantined"
