@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -112,14 +113,19 @@ _WORDS = ["name", "age", "price", "état", "tags", "in stock", "x-1", "note"]
 def make_schemas(count: int, seed: int = 0) -> list[Schema]:
     """`count` schemas, those written by hand first; the others become larger."""
     random = np.random.default_rng(seed)
-    drawn = [_draw(random, 1 + i * 3 // count) for i in range(count - len(WRITTEN))]
+    drawn = [_with_ref(_draw(random, 1 + i * 3 // count), random) for i in range(count - len(WRITTEN))]
     return [*WRITTEN[:count], *drawn]
+
+
+def _with_ref(schema: Schema, random: np.random.Generator) -> Schema:
+    """The schema, and what it may refer to."""
+    return {**schema, "$defs": {"it": _draw(random, 0)}} if '"$ref"' in json.dumps(schema) else schema
 
 
 def _draw(random: np.random.Generator, depth: int) -> Schema:
     kinds = [_integer, _number, _string, _enum, _pattern, _one_of_types]
     if depth > 0:
-        kinds = [_object, _array, _any_of, _with_ref] if random.random() < 0.8 else kinds
+        kinds = [_object, _array, _any_of, _referring] if random.random() < 0.8 else kinds
     return kinds[random.integers(len(kinds))](random, depth)
 
 
@@ -173,16 +179,11 @@ def _any_of(random: np.random.Generator, depth: int) -> Schema:
     return {"anyOf": [_draw(random, depth - 1) for _ in range(random.integers(2, 4))]}
 
 
-def _with_ref(random: np.random.Generator, depth: int) -> Schema:
+def _referring(random: np.random.Generator, depth: int) -> Schema:
     names = [_WORDS[i] for i in random.permutation(len(_WORDS))[:2]]
     return {
         "type": "object",
         "properties": {name: {"$ref": "#/$defs/it"} for name in names},
         "required": names,
         "additionalProperties": False,
-        "$defs": {"it": _draw_plain(random)},
     }
-
-
-def _draw_plain(random: np.random.Generator) -> Schema:
-    return _draw(random, 0)
