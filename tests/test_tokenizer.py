@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from functools import cache
@@ -187,7 +188,14 @@ def test_the_tokenizer_is_the_one_that_transformers_builds(kind, model_type, dec
     folder = saved(kind, model_type, declared)
     theirs = AutoTokenizer.from_pretrained(folder)
     tokenizer = load_tokenizer(folder)
-    assert tokenizer.encode_batch(TEXTS) == [theirs(text)["input_ids"] for text in TEXTS]
+    try:
+        expected = [theirs(text)["input_ids"] for text in TEXTS]
+    except Exception as refusal:  # a class that asks for tokens which this vocabulary has not
+        with pytest.raises(Exception, match=re.escape(str(refusal))):
+            tokenizer.encode_batch(TEXTS)
+        assert declared in ("GemmaTokenizer", None)
+        return
+    assert tokenizer.encode_batch(TEXTS) == expected
     messages = [{"role": "system", "content": TEXTS[3]}, {"role": "user", "content": TEXTS[5], "name": None}]
     chat = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert encode_chat(tokenizer, tuple(messages)) == chat
