@@ -175,7 +175,7 @@ def test_bad_grammars_are_errors_of_their_lines_before_the_run(model_dir, tmp_pa
         ("regex", "guided_regex", "unclosed group"),
         ("endless", "guided_choice", "ignore_eos"),
     ]:
-        error = found[name]["error"]
+        error = found[name]["response"]["body"]["error"]
         assert (error["code"], error["param"]) == ("invalid_request", field)
         assert reason in error["message"]
     for name in ("stopped", "sound"):
