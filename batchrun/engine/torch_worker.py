@@ -71,6 +71,7 @@ class TorchWorker:
         self._model = model
         self._deterministic = deterministic
         self._device = device or make_device(model.device)
+        self._device.keep_memory()
         self._sampler = Sampler(requests, eos_token_ids, model.device)
         self._tables = PageTables(page_size)
         self._kv_cache: KVCache | None = KVCache(
