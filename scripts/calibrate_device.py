@@ -29,7 +29,7 @@ import numpy.typing as npt
 import torch
 
 from batchrun.config import configs_dir, load_config, user_configs_dir
-from batchrun.engine.linear import pack_linears
+from batchrun.engine.linear import make_linear
 from batchrun.engine.model import load_model
 from batchrun.engine.torch_worker import TorchWorker
 from batchrun.execution.loop import run_loop
@@ -276,8 +276,7 @@ def peak_flops(dtype: str, width: int) -> float:
     """
     best = 0.0
     for size in (width // 8, width // 2, width):
-        layer = torch.nn.Sequential(torch.nn.Linear(size, size, bias=False, dtype=getattr(torch, dtype)))
-        pack_linears(layer)
+        layer = make_linear(torch.randn(size, size).to(getattr(torch, dtype)))
         rows = torch.randn(1024, size).to(getattr(torch, dtype))
         with torch.inference_mode():
             best = max(best, 2 * 1024 * size**2 / best_seconds(lambda: layer(rows)))  # noqa: B023

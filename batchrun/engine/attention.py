@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from transformers import AttentionInterface
 
-from batchrun.engine.batch import Batch
+from batchrun.engine.batch import Batch, Read
 from batchrun.engine.kv_cache import KVCache
 from batchrun.errors import ModelRefused
 
@@ -23,6 +24,108 @@ _HARMLESS = {
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _SCORES_AT_ONCE = 1 << 22  # of soft-capped layers, whose scores are held in memory
+
+
+def attend(
+    query: torch.Tensor,
+    kv: torch.Tensor,
+    batch: Batch,
+    pool: torch.Tensor,
+    *,
+    scaling: float,
+    window: int | None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The attention of one layer over the packed rows of a step. Query heads are in the order of `decoder`: those of
+    the same place in their groups side by side.
+
+    Args:
+        query: `[T, G * Hkv, D]`, contiguous.
+        kv: `[T, 2, Hkv, D]`, of the new rows; they are stored before any row attends.
+        pool: `[places, 2, Hkv, D]`, the layer's KV.
+        window: keys that a row sees at most, itself included.
+        softcap: scores s become `softcap * tanh(s / softcap)`.
+        sinks: float32 `[G * Hkv]`, for each query head the score of one more key, whose value is 0.
+
+    Returns:
+        `[T, G * Hkv * D]`.
+    """
+    pool.index_copy_(0, batch.store_index, kv)
+    rows, heads, dim = query.shape
+    kv_heads = kv.shape[2]
+    group = heads // kv_heads
+    work = batch.work(window)
+    out, lse = batch.partial_results(window, heads, dim)
+
+    for read in work.reads:
+        count = read.kv.sequences
+        some = query[read.first : read.first + count * read.rows]
+        if read.row_index is not None:
+            some = query.index_select(0, read.row_index)
+        # The rows of a KV head: all query heads of all rows that read it.
+        by_head = some.view(count, read.rows * group, kv_heads, dim)
+        part, part_lse = _by_rows(by_head, read.kv.of(pool), mask=read.mask, scaling=scaling, softcap=softcap)
+        _write(read, part.reshape(-1, heads, dim), out[read.partial], 0.0)
+        _write(read, part_lse.reshape(-1, heads), lse[read.partial], float("-inf"))
+
+    for causal in work.causal:
+        here = slice(causal.first, causal.first + causal.chunks * causal.rows)
+        shape = (causal.chunks, causal.rows)
+        new = kv[here].unflatten(0, shape)
+        by_place = query[here].view(*shape, group, kv_heads, dim)
+        part_out = out[causal.partial, here].view(*shape, group, kv_heads, dim)
+        part_of_lse = lse[causal.partial, here].view(*shape, group, kv_heads)
+        for g in range(group):  # is_causal wants the rows of one head in order
+            part, part_lse = _by_rows(by_place[:, :, g], new, causal=True, scaling=scaling, softcap=softcap)
+            part_out[:, :, g] = part
+            part_of_lse[:, :, g] = part_lse
+
+    merged = out[0] if work.partials == 1 else _merge(out, lse)
+    if sinks is not None:  # once, whatever a row reads: the sink takes its share of all that the row sees
+        merged = merged * torch.sigmoid(lse.logsumexp(dim=0) - sinks)[..., None]
+    return merged.to(query.dtype).view(rows, heads * dim)
+
+
+def _by_rows(
+    query: torch.Tensor,
+    kv: torch.Tensor,
+    *,
+    scaling: float,
+    softcap: float | None,
+    mask: torch.Tensor | None = None,
+    causal: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The attention of `[B, n, Hkv, D]` to `[B, M, 2, Hkv, D]`, and its log-sum-exp, `[B, n, Hkv]`."""
+    query, key, value = (part.transpose(1, 2) for part in (query, *kv.unbind(2)))
+    if softcap is None:
+        out, lse = _flash(query, key, value, is_causal=causal, attn_mask=mask, scale=scaling)
+    else:
+        out, lse = _capped(query, key, value, softcap, scale=scaling, is_causal=causal, attn_mask=mask)
+    return out.transpose(1, 2), lse.transpose(1, 2)
+
+
+def _write(read: Read, part: torch.Tensor, room: torch.Tensor, nothing: float) -> None:
+    """Put what a read gave, `[B * n, ...]`, into its rows of `[T, ...]`."""
+    if read.blind is not None:
+        part = part.masked_fill(read.blind.view(-1, *(1 for _ in part.shape[1:])), nothing)
+    if read.row_index is None:
+        room[read.first : read.first + len(part)] = part
+        return
+    index = read.row_index
+    if read.real is not None:
+        part, index = part.index_select(0, read.real), index[read.real]
+    room.index_copy_(0, index, part.to(room.dtype))
+
+
+def _merge(out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+    """Merge partial results `[P, ..., D]` by their log-sum-exp `[P, ...]`. Every row has at least one that is not
+    empty: its own token."""
+    weights = torch.softmax(lse, dim=0)[..., None]
+    merged = out[0] * weights[0]
+    for part, weight in zip(out[1:], weights[1:], strict=True):
+        merged.addcmul_(part, weight)
+    return merged
 
 
 def batchrun_attention(
@@ -41,11 +144,11 @@ def batchrun_attention(
     kv_cache: KVCache,
     **features: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The attention of one layer over the packed rows of a step, as transformers' attention interface calls it.
+    """`attend` as transformers' attention interface calls it, for layers of transformers.
 
     Args:
         query: `[1, Hq, T, D]`.
-        key, value: `[1, Hkv, T, D]`, of the new rows; they are stored before any row attends.
+        key, value: `[1, Hkv, T, D]`, of the new rows.
         sliding_window: keys that a row sees at most, itself included.
         softcap: scores s become `softcap * tanh(s / softcap)`.
         s_aux: `[Hq]`, attention sinks: for each query head the score of one more key, whose value is 0.
@@ -57,76 +160,23 @@ def batchrun_attention(
         ModelRefused: the layer asks for something that is not computed here.
     """
     refuse_unknown(features, attention_mask, dropout)
-    layer: int = module.layer_idx  # type: ignore[assignment]
-    keys, values = kv_cache.keys[layer], kv_cache.values[layer]
-    keys.index_copy_(0, batch.store_index, key[0].transpose(0, 1))
-    values.index_copy_(0, batch.store_index, value[0].transpose(0, 1))
-
-    heads, rows, dim = query.shape[1:]
     kv_heads = key.shape[1]
-    group = heads // kv_heads
-    # [Hkv, T, G, D]: the query heads of a KV head side by side, so that they are rows of one call.
-    q = query[0].view(kv_heads, group, rows, dim).transpose(1, 2).contiguous()
-    work = batch.work(sliding_window)
-    out, lse = batch.partial_results(sliding_window, kv_heads, dim)
-
-    def attend(
-        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **which: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if softcap is None:
-            return _flash(query, key, value, scale=scaling, **which)  # type: ignore[no-any-return]
-        return _capped(query, key, value, softcap, scale=dim**-0.5 if scaling is None else scaling, **which)
-
-    for read in work.dense:
-        here = slice(read.first, read.first + read.rows)
-        part, part_lse = attend(
-            q[:, here].view(1, kv_heads, read.rows * group, dim),
-            read.kv.of(keys).transpose(0, 1)[None],
-            read.kv.of(values).transpose(0, 1)[None],
-            attn_mask=read.mask,
-        )
-        part = part.view(kv_heads, read.rows, group, dim)
-        part_lse = part_lse.view(kv_heads, read.rows, group)
-        if read.blind is not None:
-            part = part.masked_fill(read.blind[None, :, None, None], 0.0)
-            part_lse = part_lse.masked_fill(read.blind[None, :, None], float("-inf"))
-        out[read.partial, :, here] = part
-        lse[read.partial, :, here] = part_lse
-
-    for causal in work.causal:
-        here = slice(causal.first, causal.first + causal.chunks * causal.rows)
-        shape = (causal.chunks, causal.rows)
-        # is_causal wants the rows of one head in order: all Hq heads, [B, Hq, n, D].
-        part, part_lse = attend(
-            *(new[0, :, here].unflatten(1, shape).transpose(0, 1) for new in (query, key, value)), is_causal=True
-        )
-        by_row = out[causal.partial, :, here].unflatten(1, shape)  # [Hkv, B, n, G, D]
-        by_row.copy_(part.unflatten(1, (kv_heads, group)).permute(1, 0, 3, 2, 4))
-        by_row = lse[causal.partial, :, here].unflatten(1, shape)
-        by_row.copy_(part_lse.unflatten(1, (kv_heads, group)).permute(1, 0, 3, 2))
-
-    for short in work.ragged:
-        count, width = short.sequences, short.rows
-        short_q = q.index_select(1, short.row_index).view(kv_heads, count, width * group, dim).transpose(0, 1)
-        short_k, short_v = (
-            pool.index_select(0, short.kv_index).view(count, -1, kv_heads, dim).transpose(1, 2)
-            for pool in (keys, values)
-        )
-        part, part_lse = attend(short_q, short_k, short_v, attn_mask=short.mask)
-        part = part.transpose(0, 1).reshape(kv_heads, count * width, group, dim)
-        part_lse = part_lse.transpose(0, 1).reshape(kv_heads, count * width, group)
-        index = short.row_index
-        if short.real is not None:
-            part, part_lse = part.index_select(1, short.real), part_lse.index_select(1, short.real)
-            index = index[short.real]
-        out[short.partial].index_copy_(1, index, part)
-        lse[short.partial].index_copy_(1, index, part_lse)
-
-    merged = out[0] if work.partials == 1 else _merge(out, lse)
-    if s_aux is not None:  # once, whatever a row reads: the sink takes its share of all that the row sees
-        merged = merged * torch.sigmoid(lse.logsumexp(dim=0) - s_aux.float().view(kv_heads, 1, group))[..., None]
-    merged = merged.to(query.dtype)
-    return merged.permute(1, 0, 2, 3).reshape(1, rows, heads, dim), None
+    by_place = query[0].unflatten(0, (kv_heads, -1)).permute(2, 1, 0, 3)  # [T, G, Hkv, D]
+    kv = torch.stack((key[0], value[0])).permute(2, 0, 1, 3)
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    pool = kv_cache.tokens[layer]
+    sinks = None if s_aux is None else s_aux.float().view(kv_heads, -1).T.flatten()
+    out = attend(
+        by_place.flatten(1, 2),
+        kv,
+        batch,
+        pool,
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=sliding_window,
+        softcap=softcap,
+        sinks=sinks,
+    )
+    return out.view(by_place.shape).transpose(1, 2).flatten(1, 2)[None], None
 
 
 def refuse_unknown(features: Mapping[str, Any], attention_mask: torch.Tensor | None, dropout: float) -> None:
@@ -152,10 +202,7 @@ def _capped(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What `_flash` gives, of soft-capped scores: the result and its log-sum-exp, computed in float32. A row that the
     mask leaves nothing of has NaN, and -inf."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = (
-        each.float().repeat_interleave(groups, dim=1) if groups > 1 else each.float() for each in (key, value)
-    )
+    key, value = key.float(), value.float()
     rows, tokens = query.shape[2], key.shape[2]
     if is_causal:
         attn_mask = torch.full((rows, tokens), float("-inf")).triu(1)
@@ -165,18 +212,11 @@ def _capped(
         here = slice(first, first + rows_at_once)
         scores = (query[:, :, here].float() @ key.transpose(2, 3)).mul_(scale / softcap).tanh_().mul_(softcap)
         if attn_mask is not None:
-            scores += attn_mask[..., here, :]
+            scores += attn_mask if attn_mask.shape[-2] == 1 else attn_mask[..., here, :]
         lse = scores.logsumexp(dim=-1)
         parts.append((scores.sub_(lse[..., None]).exp_() @ value, lse))
     out, lse = parts[0] if len(parts) == 1 else (torch.cat(each, dim=2) for each in zip(*parts, strict=True))
     return out.to(query.dtype), lse
 
 
-def _merge(out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
-    """Merge partial results `[P, ..., D]` by their log-sum-exp `[P, ...]`, in float32. Every row has at least one that
-    is not empty: its own token."""
-    weights = torch.softmax(lse, dim=0)[..., None]
-    merged = out[0] * weights[0]
-    for part, weight in zip(out[1:], weights[1:], strict=True):
-        merged.addcmul_(part, weight)
-    return merged
+AttentionInterface.register("batchrun", batchrun_attention)

@@ -4,7 +4,7 @@
     S   rows that sample               G        query heads per KV head
     C   chunks                         D        head_dim
     n   rows of a read or a piece      M        KV tokens that a read covers
-    P   partial results per row        B        sequences handled in one call
+    P   partial results per row        B        reads or pieces handled in one call
 
 A row's attention is the sum of partial results over disjoint KV: one for each shared prefix it reads, and one or two
 for its own sequence. Partial p of row t is written to place `[p, t]`; a row that has no partial p keeps -inf there.
@@ -30,39 +30,47 @@ _KV_BUCKET = 64  # own lengths are rounded up to a multiple of this to find chun
 
 
 @dataclass(frozen=True, slots=True)
-class KVRange:
-    """KV tokens of one sequence: a view of the pool where they lie in one run, else a gather.
+class KVTokens:
+    """KV of B sequences, M tokens each: a view of the pool for one that lies there in one run, else a gather.
 
     Attributes:
-        start: first place in the pool, or -1 for a gather.
+        sequences: B.
         length: M.
-        index: int64 `[M]`, places in the pool, for a gather.
+        start: first place in the pool, for a view.
+        index: int64 `[B * M]`, places in the pool, for a gather.
     """
 
-    start: int
+    sequences: int
     length: int
-    index: torch.Tensor | None
+    start: int = 0
+    index: torch.Tensor | None = None
 
     def of(self, pool: torch.Tensor) -> torch.Tensor:
-        """The tokens, `[M, Hkv, D]`, of a layer's K or V."""
-        if self.index is not None:
-            return pool.index_select(0, self.index)
-        return pool[self.start : self.start + self.length]
+        """The tokens, `[B, M, 2, Hkv, D]`, of a layer's KV, `[places, 2, Hkv, D]`."""
+        if self.index is None:
+            return pool[None, self.start : self.start + self.length]
+        return pool.index_select(0, self.index).unflatten(0, (self.sequences, self.length))
 
 
 @dataclass(frozen=True, slots=True)
-class Dense:
-    """Rows `[first, first + n)` see all of a range of KV; with a mask, what of it the mask lets them see.
+class Read:
+    """n rows of each of B sequences see all of the KV that goes with theirs; with a mask, what it lets them see.
 
     Attributes:
-        mask: float `[n * G, M]` to add to the scores, 0 or -inf, or None.
-        blind: bool `[n]`, rows that the mask lets see nothing, or None where there are none.
+        first: first row of the step, where the rows are neighbours.
+        rows: n.
+        row_index: int64 `[B * n]`, rows of the step, where they are not; padding repeats a row.
+        real: int64 `[*]`, which of the `B * n` rows are no padding, or None where none is.
+        mask: float `[B, 1, n * G, M]` to add to the scores, 0 or -inf, or None.
+        blind: bool `[B * n]`, rows that the mask lets see nothing, or None where there are none.
     """
 
     partial: int
-    first: int
     rows: int
-    kv: KVRange
+    kv: KVTokens
+    first: int = 0
+    row_index: torch.Tensor | None = None
+    real: torch.Tensor | None = None
     mask: torch.Tensor | None = None
     blind: torch.Tensor | None = None
 
@@ -78,26 +86,6 @@ class Causal:
 
 
 @dataclass(frozen=True, slots=True)
-class Ragged:
-    """Short pieces of B sequences, padded to n rows and M tokens of own KV; a mask says what each row sees.
-
-    Attributes:
-        row_index: int64 `[B * n]`, rows of the step; padding repeats a row.
-        kv_index: int64 `[B * M]`, places in the pool; padding repeats a place.
-        mask: float `[B, 1, n * G, M]`, 0 or -inf.
-        real: int64 `[*]`, which of the `B * n` rows are no padding, or None where none is.
-    """
-
-    partial: int
-    sequences: int
-    rows: int
-    row_index: torch.Tensor
-    kv_index: torch.Tensor
-    mask: torch.Tensor
-    real: torch.Tensor | None
-
-
-@dataclass(frozen=True, slots=True)
 class AttentionWork:
     """The calls that make up the attention of a layer.
 
@@ -106,9 +94,8 @@ class AttentionWork:
     """
 
     partials: int
-    dense: tuple[Dense, ...]
+    reads: tuple[Read, ...]
     causal: tuple[Causal, ...]
-    ragged: tuple[Ragged, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,20 +205,17 @@ class Batch(StepTensors):
             self._work[window] = self._make_work(window)
         return self._work[window]
 
-    def partial_results(self, window: int | None, kv_heads: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Room for the partial results of a layer, `[P, Hkv, T, G, D]` and `[P, Hkv, T, G]`. All layers of a window
+    def partial_results(self, window: int | None, heads: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Room for the partial results of a layer, float32 `[P, T, Hq, D]` and `[P, T, Hq]`. All layers of a window
         write the same places, so that the empty ones (0 and -inf) stay as they are."""
         if window not in self._partials:
-            shape = (self.work(window).partials, kv_heads, self.num_rows, self._group_size)
-            self._partials[window] = (
-                torch.zeros((*shape, head_dim), dtype=self._dtype),
-                torch.full(shape, float("-inf"), dtype=torch.float32),
-            )
+            shape = (self.work(window).partials, self.num_rows, heads)
+            self._partials[window] = torch.zeros((*shape, head_dim)), torch.full(shape, float("-inf"))
         return self._partials[window]
 
     def _make_work(self, window: int | None) -> AttentionWork:
         pieces = self._pieces
-        dense = list(self._prefix_reads(window))
+        reads = list(self._prefix_reads(window))
         levels = int(self._step.prefix_reads.level.max(initial=-1)) + 1
         stop = pieces.start + pieces.length
         # A window cuts into the own KV of a piece if the last row cannot see the first own token.
@@ -240,21 +224,21 @@ class Batch(StepTensors):
         single = (pieces.length == 1) & ~short
         for c in np.flatnonzero(single).tolist():
             low = max(0, int(stop[c]) - window) if window is not None else 0
-            kv = self._kv_range(int(pieces.sequence[c]), low, int(stop[c]))
-            dense.append(Dense(levels, int(pieces.first[c]), 1, kv))
+            kv = self._kv_tokens(int(pieces.sequence[c]), low, int(stop[c]))
+            reads.append(Read(levels, 1, kv, int(pieces.first[c])))
         long = ~short & ~single
         for c in np.flatnonzero(long & ~whole).tolist():
-            dense.append(self._windowed_piece(c, levels, window or 0))
+            reads.append(self._windowed_piece(c, levels, window or 0))
         plain = long & whole
         causal = self._causal_pieces(np.flatnonzero(plain), levels)
         earlier = np.flatnonzero(plain & (pieces.start > 0)).tolist()
         for c in earlier:
-            kv = self._kv_range(int(pieces.sequence[c]), 0, int(pieces.start[c]))
-            dense.append(Dense(levels + 1, int(pieces.first[c]), int(pieces.length[c]), kv))
-        ragged = self._ragged_pieces(np.flatnonzero(short), levels, window)
-        return AttentionWork(levels + 1 + bool(earlier), tuple(dense), tuple(causal), tuple(ragged))
+            kv = self._kv_tokens(int(pieces.sequence[c]), 0, int(pieces.start[c]))
+            reads.append(Read(levels + 1, int(pieces.length[c]), kv, int(pieces.first[c])))
+        reads += self._short_pieces(np.flatnonzero(short), levels, window)
+        return AttentionWork(levels + 1 + bool(earlier), tuple(reads), tuple(causal))
 
-    def _prefix_reads(self, window: int | None) -> Iterator[Dense]:
+    def _prefix_reads(self, window: int | None) -> Iterator[Read]:
         reads = self._step.prefix_reads
         for level, first, rows, slot, length, position in zip(
             *(
@@ -264,21 +248,28 @@ class Batch(StepTensors):
             strict=True,
         ):
             if window is None:
-                yield Dense(level, first, rows, self._kv_range(slot, 0, length))
+                yield Read(level, rows, self._kv_tokens(slot, 0, length), first)
                 continue
             seen_from = self._positions[first : first + rows] - window + 1 - position  # first KV token that a row sees
             low = max(0, int(seen_from.min()))
             if low >= length:
                 continue
-            kv = self._kv_range(slot, low, length)
+            kv = self._kv_tokens(slot, low, length)
             if int(seen_from.max()) <= low:
-                yield Dense(level, first, rows, kv)
+                yield Read(level, rows, kv, first)
                 continue
             seen = np.arange(low, length) >= seen_from[:, None]
             blind = ~seen.any(axis=1)
-            yield Dense(level, first, rows, kv, self._mask(seen), torch.from_numpy(blind) if blind.any() else None)
+            yield Read(
+                level,
+                rows,
+                kv,
+                first,
+                mask=self._mask(seen[None]),
+                blind=torch.from_numpy(blind) if blind.any() else None,
+            )
 
-    def _windowed_piece(self, c: int, partial: int, window: int) -> Dense:
+    def _windowed_piece(self, c: int, partial: int, window: int) -> Read:
         """A long piece whose own KV is longer than the window."""
         pieces = self._pieces
         start, rows = int(pieces.start[c]), int(pieces.length[c])
@@ -286,8 +277,8 @@ class Batch(StepTensors):
         row = np.arange(start, start + rows)[:, None]
         key = np.arange(low, start + rows)
         seen = (key <= row) & (key > row - window)
-        kv = self._kv_range(int(pieces.sequence[c]), low, start + rows)
-        return Dense(partial, int(pieces.first[c]), rows, kv, self._mask(seen))
+        kv = self._kv_tokens(int(pieces.sequence[c]), low, start + rows)
+        return Read(partial, rows, kv, int(pieces.first[c]), mask=self._mask(seen[None]))
 
     def _causal_pieces(self, which: npt.NDArray[np.int64], partial: int) -> Iterator[Causal]:
         """Neighbouring pieces of equal length in one call."""
@@ -298,8 +289,8 @@ class Batch(StepTensors):
         for part in np.split(which, breaks):
             yield Causal(partial, int(self._pieces.first[part[0]]), part.size, int(self._pieces.length[part[0]]))
 
-    def _ragged_pieces(self, which: npt.NDArray[np.int64], partial: int, window: int | None) -> Iterator[Ragged]:
-        """Short pieces of similar size in one call each."""
+    def _short_pieces(self, which: npt.NDArray[np.int64], partial: int, window: int | None) -> Iterator[Read]:
+        """Short pieces of similar size in one call each, padded to n rows and M tokens."""
         pieces = self._pieces
         start, length = pieces.start[which], pieces.length[which]
         row_bucket = np.where(length == 1, 1, _SHORT_ROWS)
@@ -317,25 +308,28 @@ class Batch(StepTensors):
                 seen &= key > own[..., None] - window
             places = self._tables.index(pieces.sequence[inside][:, None], np.minimum(key, (begin + count)[:, None] - 1))
             real = np.arange(rows) < count[:, None]
-            yield Ragged(
-                partial=partial,
-                sequences=inside.size,
-                rows=rows,
-                row_index=torch.from_numpy((first[:, None] + row).ravel()),
-                kv_index=torch.from_numpy(places.ravel()),
-                mask=self._mask(seen)[:, None],
+            index = (first[:, None] + row).ravel()
+            neighbours = bool((np.diff(index) == 1).all())
+            yield Read(
+                partial,
+                rows,
+                KVTokens(inside.size, tokens, index=torch.from_numpy(places.ravel())),
+                first=int(index[0]),
+                row_index=None if neighbours else torch.from_numpy(index),
                 real=None if real.all() else torch.from_numpy(np.flatnonzero(real.ravel())),
+                mask=None if seen.all() else self._mask(seen),
             )
 
-    def _kv_range(self, slot: int, start: int, stop: int) -> KVRange:
+    def _kv_tokens(self, slot: int, start: int, stop: int) -> KVTokens:
         run = self._tables.run(slot, start, stop)
         if run is not None:
-            return KVRange(run, stop - start, None)
-        return KVRange(-1, stop - start, torch.from_numpy(self._tables.index(slot, np.arange(start, stop))))
+            return KVTokens(1, stop - start, run)
+        places = self._tables.index(slot, np.arange(start, stop))
+        return KVTokens(1, stop - start, index=torch.from_numpy(places))
 
     def _mask(self, seen: npt.NDArray[np.bool_]) -> torch.Tensor:
-        """`[..., n, M]` as what to add to the scores, `[..., n * G, M]`: the rows of a KV head's query heads lie
-        next to each other."""
+        """`[B, n, M]` as what to add to the scores, `[B, 1, n * G, M]`: the query heads of a row and KV head are rows
+        of the same call."""
         bias = torch.zeros(seen.shape, dtype=self._dtype)
         bias.masked_fill_(torch.from_numpy(~seen), float("-inf"))
-        return bias.repeat_interleave(self._group_size, dim=-2)
+        return bias.repeat_interleave(self._group_size, dim=-2)[:, None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Hashable, Mapping
 from time import perf_counter
 from typing import Any
@@ -15,8 +16,21 @@ from batchrun.errors import UsageError
 Arrays = Mapping[str, npt.NDArray[Any]]
 Tensors = dict[str, torch.Tensor]
 
+# Of glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_LARGEST_MMAP_THRESHOLD = 32 << 20  # bytes; glibc refuses more
+
 _ALIGNMENT = 16  # bytes; what any load of a kernel wants
 _FIRST_BUFFER = 1 << 20  # bytes
+
+
+def _glibc() -> ctypes.CDLL | None:
+    """The C library where it is glibc, whose malloc is the one that torch takes memory of the CPU from."""
+    library = ctypes.CDLL(None)
+    return library if hasattr(library, "gnu_get_libc_version") else None
+
+
+_LIBC = _glibc()
 
 
 class Device:
@@ -59,8 +73,18 @@ class Device:
             isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
         )
 
+    def keep_memory(self) -> None:
+        """Have memory that a step frees kept for the next one, rather than given back to the system and taken anew,
+        page by page."""
+        if _LIBC is not None:
+            _LIBC.malloc_trim(0)  # what loading has freed
+            _LIBC.mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
+            _LIBC.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
     def give_back(self) -> None:
-        """Return memory that torch keeps for later."""
+        """Return memory that is kept for later."""
+        if _LIBC is not None:
+            _LIBC.malloc_trim(0)
 
     def kv_memory(self, share: float, largest_step: Callable[[], None]) -> int | None:
         """Bytes that are left for KV beside the largest step, or None: as it was planned.
@@ -137,6 +161,9 @@ class CudaDevice(Device):
             return seconds
 
         return stop
+
+    def keep_memory(self) -> None:
+        """torch does."""
 
     def give_back(self) -> None:
         self._graphs.clear()

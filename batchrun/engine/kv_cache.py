@@ -16,12 +16,14 @@ Int64 = npt.NDArray[np.int64]
 class KVCache:
     """K and V of all layers, for `num_pages` pages.
 
-    Token-major on the CPU, `[num_pages * page_size, kv_heads, head_dim]`: new rows are stored by one copy each, and the
-    KV of neighbouring pages is one view, read without a gather. By pages on a GPU, `[num_pages, kv_heads, page_size,
-    head_dim]`: the KV of a page and a head is one block, loaded at once.
+    Token-major on the CPU, `[num_pages * page_size, 2, kv_heads, head_dim]`: K and V of a row are stored by one copy,
+    and the KV of neighbouring pages is one view, read without a gather. By pages on a GPU, K and V by themselves,
+    `[num_pages, kv_heads, page_size, head_dim]`: the KV of a page and a head is one block, loaded at once.
 
     Attributes:
-        keys, values: a tensor a layer. Memory that is never written is never taken from the system.
+        tokens: K and V, token-major, a tensor a layer; none where they are by pages.
+        keys, values: a tensor a layer, views of `tokens` where there are any. Memory that is never written is never
+            taken from the system.
     """
 
     def __init__(
@@ -36,10 +38,17 @@ class KVCache:
         device: str,
         by_pages: bool = False,
     ) -> None:
-        by_token = (num_pages * page_size, num_kv_heads, head_dim)
-        shape = (num_pages, num_kv_heads, page_size, head_dim) if by_pages else by_token
-        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        def made(*shape: int) -> list[torch.Tensor]:
+            return [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+
+        self.tokens: list[torch.Tensor] = []
+        if by_pages:
+            self.keys = made(num_pages, num_kv_heads, page_size, head_dim)
+            self.values = made(num_pages, num_kv_heads, page_size, head_dim)
+        else:
+            self.tokens = made(num_pages * page_size, 2, num_kv_heads, head_dim)
+            self.keys = [kv[:, 0] for kv in self.tokens]
+            self.values = [kv[:, 1] for kv in self.tokens]
 
 
 class PageTables:

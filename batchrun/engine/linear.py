@@ -2,23 +2,66 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import nn
+from torch.nn import functional
+
+_packed = torch.ops.mkldnn._linear_pointwise.default
+_packed_with = torch.ops.mkldnn._linear_pointwise.binary
 
 
-class PackedLinear(nn.Module):
-    """A linear layer whose weight is in oneDNN's own layout; it takes the place of an `nn.Linear`."""
+class Linear(nn.Module):
+    """Rows `[*, n, in]` times a weight; what is done to the products next is done while they are at hand.
 
-    def __init__(self, linear: nn.Linear) -> None:
+    Args:
+        weight: `[out, in]`.
+        bias: `[out]`.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
-        self.bias = linear.bias
+        self._weight, self._bias = weight.detach(), None if bias is None else bias.detach()
+        self._out_features = len(weight)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not x.shape[-2]:
-            return x.new_empty(*x.shape[:-1], self.out_features)
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+    def forward(self, x: torch.Tensor, *, silu: bool = False) -> torch.Tensor:
+        """The products, `[*, n, out]`, or what SiLU makes of them."""
+        product = functional.linear(x, self._weight, self._bias)
+        return functional.silu(product, inplace=True) if silu else product
+
+    def plus(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        """The products and `[*, n, out]` others, added."""
+        return functional.linear(x, self._weight, self._bias).add_(other)
+
+    def times(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        """The products and `[*, n, out]` others, multiplied."""
+        return functional.linear(x, self._weight, self._bias).mul_(other)
+
+
+class PackedLinear(Linear):
+    """A linear layer whose weight is in oneDNN's own layout."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        super().__init__(weight, bias)
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(self._weight)
+
+    def forward(self, x: torch.Tensor, *, silu: bool = False) -> torch.Tensor:
+        if not x.shape[-2]:  # which oneDNN refuses
+            return x.new_empty(*x.shape[:-1], self._out_features)
+        return _packed(x, self._weight, self._bias, "swish" if silu else "none", [], "")
+
+    def plus(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return _packed_with(x, other, self._weight, self._bias, "add")
+
+    def times(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return _packed_with(x, other, self._weight, self._bias, "mul")
+
+
+def make_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
+    """A linear layer, packed where that is possible. A weight that something else uses too (a tied embedding) stays as
+    it is, and the layer has a packed copy."""
+    return (PackedLinear if can_pack(weight.dtype) else Linear)(weight, bias)
 
 
 def can_pack(dtype: torch.dtype) -> bool:
@@ -30,12 +73,15 @@ def can_pack(dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
+def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a module is a linear layer and nothing more: not a kind of its own, nor one whose weight is quantised."""
+    return type(module) is nn.Linear and type(module.weight.data) is torch.Tensor
+
+
 def pack_linears(module: nn.Module) -> None:
-    """Swap every linear layer of a model for a packed one, where that is possible. A weight that something else uses
-    too (a tied embedding) stays where it is, and the layer gets a packed copy."""
+    """Swap every linear layer of a model for a packed one, where that is possible."""
     for name, child in module.named_children():
-        # Not a kind of its own, nor one whose weight is quantised.
-        if type(child) is nn.Linear and type(child.weight.data) is torch.Tensor and can_pack(child.weight.dtype):
-            setattr(module, name, PackedLinear(child))
+        if is_plain(child):
+            setattr(module, name, make_linear(child.weight, child.bias))
         else:
             pack_linears(child)

@@ -1,25 +1,24 @@
-"""transformers' model with our attention: weights and layers are its own."""
+"""transformers' model, loaded: run by its own layers with our attention or, on the CPU where it can, by `decoder`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import CompressedTensorsConfig, Mxfp4Config
 
-from batchrun.engine.attention import batchrun_attention
 from batchrun.engine.batch import StepTensors
+from batchrun.engine.decoder import Decoder, can_decode
 from batchrun.engine.kv_cache import KVCache
 from batchrun.engine.linear import pack_linears
 from batchrun.errors import ModelRefused
 from batchrun.supported import check_supported
-
-AttentionInterface.register("batchrun", batchrun_attention)
 
 Attention = Literal["cpu", "triton"]
 
@@ -29,7 +28,7 @@ class LoadedModel:
     """A model that is ready to run.
 
     Attributes:
-        module: transformers' causal language model.
+        logits: runs a step; the logits of the rows that sample, `[S, vocabulary]`.
         num_layers, num_heads, num_kv_heads, head_dim: its attention.
         vocab_size: logits of a row.
         dtype: of weights and KV.
@@ -37,7 +36,7 @@ class LoadedModel:
         attention: what computes it: `cpu` or `triton`.
     """
 
-    module: Any
+    logits: Callable[[Any, KVCache], torch.Tensor]
     num_layers: int
     num_heads: int
     num_kv_heads: int
@@ -46,18 +45,6 @@ class LoadedModel:
     dtype: torch.dtype
     device: str
     attention: Attention
-
-    def logits(self, batch: StepTensors, kv_cache: KVCache) -> torch.Tensor:
-        """Run a step; the logits of the rows that sample, `[S, vocabulary]`."""
-        result = self.module(
-            input_ids=batch.input_ids,
-            position_ids=batch.positions,
-            batch=batch,
-            kv_cache=kv_cache,
-            use_cache=False,
-            logits_to_keep=batch.sample_index,
-        )
-        return result.logits[0]
 
 
 def load_model(
@@ -110,19 +97,42 @@ def load_model(
             delattr(text, name)
         text = text.language_model
     module.eval().to(device)
-    if device == "cpu":
-        pack_linears(module)
+    head_dim = text.layers[0].self_attn.head_dim
+    logits: Callable[[Any, KVCache], torch.Tensor]
+    if attention == "cpu" and can_decode(module):
+        logits = Decoder(module).logits
+    else:
+        if device == "cpu":
+            pack_linears(module)
+        logits = logits_of(module)
     return LoadedModel(
-        module=module,
+        logits=logits,
         num_layers=len(text.layers),
         num_heads=text.config.num_attention_heads,
         num_kv_heads=text.config.num_key_value_heads,
-        head_dim=text.layers[0].self_attn.head_dim,
+        head_dim=head_dim,
         vocab_size=text.config.vocab_size,
         dtype=module.dtype,
         device=device,
         attention=attention,
     )
+
+
+def logits_of(module: Any) -> Callable[[Any, KVCache], torch.Tensor]:
+    """What runs a step by transformers' own layers."""
+
+    def logits(batch: StepTensors, kv_cache: KVCache) -> torch.Tensor:
+        result = module(
+            input_ids=batch.input_ids,
+            position_ids=batch.positions,
+            batch=batch,
+            kv_cache=kv_cache,
+            use_cache=False,
+            logits_to_keep=batch.sample_index,
+        )
+        return result.logits[0]  # type: ignore[no-any-return]
+
+    return logits
 
 
 def _dequantization(config: dict[str, Any]) -> dict[str, Any]:

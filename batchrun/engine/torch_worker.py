@@ -79,6 +79,7 @@ class TorchWorker:
         self._model = model
         self._deterministic = deterministic
         self._device = device or make_device(model.device)
+        self._device.keep_memory()
         self._sampler = Sampler(requests, eos_token_ids, model.device)
         self._masks = Masks(requests, vocabulary, eos_token_ids) if vocabulary is not None else None
         self._tables = PageTables(page_size)

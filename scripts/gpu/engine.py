@@ -12,7 +12,7 @@ import torch
 import batchrun.engine.triton_attention  # noqa: F401  registers itself
 from batchrun.devices import DEPTH
 from batchrun.engine.device import make_device
-from batchrun.engine.model import LoadedModel
+from batchrun.engine.model import LoadedModel, logits_of
 from batchrun.engine.torch_worker import TorchWorker
 from batchrun.execution.loop import run_loop
 from batchrun.planning.cost import CostModel, Work
@@ -62,7 +62,7 @@ def run_engine(
     """Run requests with a model of transformers' that was made with `ATTENTION`, where it is."""
     shape = cost.model
     model = LoadedModel(
-        module=module,
+        logits=logits_of(module),
         num_layers=shape.num_layers,
         num_heads=shape.num_heads,
         num_kv_heads=shape.num_kv_heads,

@@ -5,7 +5,7 @@ The steps are the scheduler's own; the keys that a row may see are told from the
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from oracles import DEAR_ROWS, make_requests
 
 from batchrun.engine import attention as attention_module
 from batchrun.engine import batch as batch_module
-from batchrun.engine.attention import batchrun_attention
+from batchrun.engine.attention import attend, refuse_unknown
 from batchrun.engine.batch import AttentionWork, Batch
 from batchrun.engine.device import Device
 from batchrun.engine.kv_cache import KVCache, PageTables
@@ -28,16 +28,6 @@ from batchrun.prefix.forest import build_forest
 from batchrun.request import Requests
 from batchrun.schedule.scheduler import Scheduler
 from batchrun.schedule.step import Step, StepOutput
-
-
-@dataclass
-class Layer(torch.nn.Module):
-    """All that the attention asks of a layer."""
-
-    layer_idx: int
-
-    def __post_init__(self) -> None:
-        super().__init__()
 
 
 class Follower:
@@ -122,8 +112,10 @@ def tree(*levels: int, branching: int, own: tuple[int, ...]) -> list[list[int]]:
 def kinds_of(work: AttentionWork, step: Step) -> set[str]:
     """What kinds of calls make up the attention of a layer, in words."""
     levels = int(step.prefix_reads.level.max(initial=-1)) + 1
+    first = np.cumsum(step.length) - step.length
+    own = np.arange(step.num_rows) - np.repeat(first - step.start, step.length)
     kinds = set()
-    for read in work.dense:
+    for read in work.reads:
         if read.partial < levels:
             kinds.add("prefix")
             kinds.add(f"prefix of level {read.partial}")
@@ -135,15 +127,17 @@ def kinds_of(work: AttentionWork, step: Step) -> set[str]:
                 kinds.add("rows blind to a prefix")
         elif read.partial > levels:
             kinds.add("earlier chunks")
+        elif read.rows == 1 and own[read.first] >= batch_module._SHORT_KV:
+            kinds.add("long decode")
+        elif read.rows <= batch_module._SHORT_ROWS and own[read.first] < batch_module._SHORT_KV:
+            kinds.add("decodes" if read.rows == 1 else "short chunks")
+            if read.real is not None:
+                kinds.add("padded chunks")
         else:
-            kinds.add("long decode" if read.mask is None else "windowed chunk")
+            kinds.add("windowed chunk")
         kinds.add("view" if read.kv.index is None else "gather")
     for chunk in work.causal:
         kinds.add("causal chunks" if chunk.chunks > 1 else "causal chunk")
-    for short in work.ragged:
-        kinds.add("decodes" if short.rows == 1 else "short chunks")
-        if short.real is not None:
-            kinds.add("padded chunks")
     return kinds
 
 
@@ -169,6 +163,7 @@ def check(
     requests = make_requests(prompts, [new_tokens] * len(prompts), ignore_eos=True)
     tables, follower = PageTables(page_size), Follower(page_size)
     heads_q, heads_kv = heads
+    group = heads_q // heads_kv
     cache = KVCache(len(windows), heads_kv, head_dim, num_pages=pages, page_size=page_size, dtype=dtype, device="cpu")
     pools = [*cache.keys, *cache.values]
     for pool in pools:
@@ -181,32 +176,30 @@ def check(
         for page in follower.apply(step):
             for pool in pools:
                 pool[page * page_size : (page + 1) * page_size] = float("nan")
-        batch = bound(Batch(step, tables, heads_q // heads_kv, dtype))
+        batch = bound(Batch(step, tables, group, dtype))
         for layer, window in enumerate(windows):
             work = batch.work(window)
             kinds |= kinds_of(work, step)
             if work.partials == 1:  # then every row of it has to be written
-                batch.partial_results(window, heads_kv, head_dim)[0].fill_(float("nan"))
-            # As transformers hands them over: [1, heads, T, D], token-major in memory.
-            query, key, value = (
-                torch.randn(1, step.num_rows, n, head_dim, generator=generator).to(dtype).transpose(1, 2)
-                for n in (heads_q, heads_kv, heads_kv)
-            )
-            out, _ = batchrun_attention(
-                Layer(layer),
+                batch.partial_results(window, heads_q, head_dim)[0].fill_(float("nan"))
+            # As a layer has them: query, key and value heads of a row side by side.
+            heads = torch.randn(step.num_rows, heads_q + 2 * heads_kv, head_dim, generator=generator).to(dtype)
+            query = heads[:, :heads_q].contiguous()
+            kv = heads[:, heads_q:].unflatten(1, (2, heads_kv))
+            by_place_of_sinks = None if s_aux is None else s_aux.float().view(heads_kv, group).T.flatten()
+            out = attend(
                 query,
-                key,
-                value,
-                None,
+                kv,
+                batch,
+                cache.tokens[layer],
                 scaling=0.4,
-                sliding_window=window,
+                window=window,
                 softcap=softcap,
-                s_aux=s_aux,
-                batch=batch,
-                kv_cache=cache,
+                sinks=by_place_of_sinks,
             )
+            by_place = out.view(step.num_rows, group, heads_kv, head_dim)
             expected, _ = shared_prefix_attention(
-                query[0].transpose(0, 1),
+                query.view(by_place.shape).transpose(1, 2).flatten(1, 2),
                 cache.keys[layer],
                 cache.values[layer],
                 follower.visible(step, window),
@@ -214,8 +207,7 @@ def check(
                 softcap=softcap,
                 sinks=s_aux,
             )
-            assert out.shape == (1, step.num_rows, heads_q, head_dim)
-            error = (out[0].float() - expected).norm(dim=-1) / expected.norm(dim=-1)
+            error = (by_place.transpose(1, 2).flatten(1, 2).float() - expected).norm(dim=-1) / expected.norm(dim=-1)
             assert float(error.max()) < tolerance, (step.index, window)  # NaN is not below
     assert expect <= kinds
 
@@ -383,22 +375,7 @@ def test_any_job(
 # What is not computed -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("asked", [{"something_new": True}, {"dropout": 0.1}])
-def test_what_is_not_computed_is_refused(asked: dict[str, object]) -> None:
-    requests = make_requests([[1, 2, 3]], [1])
-    step = steps_of(requests, page_size=4, pages=4, step_tokens=8, scattered=False)[0]
-    tables = PageTables(4)
-    tables.apply(step)
-    cache = KVCache(1, 2, 8, num_pages=4, page_size=4, dtype=torch.float32, device="cpu")
-    rows = torch.zeros(1, 2, 3, 8)
+@pytest.mark.parametrize(("features", "dropout"), [({"something_new": True}, 0.0), ({}, 0.1)])
+def test_what_is_not_computed_is_refused(features: dict[str, object], dropout: float) -> None:
     with pytest.raises(ModelRefused):
-        batchrun_attention(
-            Layer(0),
-            rows,
-            rows,
-            rows,
-            None,
-            batch=bound(Batch(step, tables, 1, torch.float32)),
-            kv_cache=cache,
-            **asked,
-        )
+        refuse_unknown(features, None, dropout)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+import resource
+
 import numpy as np
 import pytest
 import torch
@@ -64,3 +67,19 @@ def test_a_gpu_that_is_not_there_is_told() -> None:
     with pytest.raises(UsageError, match="sees no GPU") as caught:
         make_device("cuda")
     assert "--device cpu" in (caught.value.hint or "")
+
+
+def test_memory_that_a_step_frees_is_there_for_the_next() -> None:
+    """Pages that were given back to the system would have to be taken anew, each with a fault."""
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("only glibc is told to")
+    Device().keep_memory()
+
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(8):
+            torch.empty(16 << 20, dtype=torch.uint8).fill_(1)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    faults()
+    assert faults() < (16 << 20) // resource.getpagesize()

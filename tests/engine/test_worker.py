@@ -16,10 +16,10 @@ from factories import ARCHITECTURES
 from oracles import DEAR_ROWS, make_requests
 from transformers import AutoModelForCausalLM
 
+from batchrun.engine import model as model_module
 from batchrun.engine.batch import StepTensors
 from batchrun.engine.device import Device
 from batchrun.engine.kv_cache import KVCache
-from batchrun.engine.linear import PackedLinear, can_pack
 from batchrun.engine.model import load_model
 from batchrun.engine.torch_worker import TorchWorker, kv_memory
 from batchrun.errors import ModelRefused
@@ -200,6 +200,18 @@ def test_equals_generate(
     assert len({tuple(answer) for answer in expected}) > len(PROMPTS) // 2, "the model says the same to everything"
 
 
+@pytest.mark.parametrize("architecture", ["llama", "llama-biases", "qwen2-window", "qwen3"])
+def test_equals_generate_by_transformers_own_layers(
+    model_dir: ModelFactory, architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way of models whose layers the decoder does not know."""
+    monkeypatch.setattr(model_module, "DECODED", ())
+    model = model_dir(architecture)
+    requests = make_requests(PROMPTS, [NEW_TOKENS] * len(PROMPTS))
+    found = answers_of(model, requests, pages=70, page_size=4, step_tokens=19)
+    assert [without_end(each) for each in found] == [without_end(each) for each in generated(model)]
+
+
 def test_sharded_weights_are_the_same_model(model_dir: ModelFactory) -> None:
     sharded = model_dir("llama", max_shard_size="50KB")
     assert len(list(sharded.glob("*.safetensors"))) > 1
@@ -216,17 +228,6 @@ def test_weights_of_another_model_are_refused(model_dir: ModelFactory, tmp_path:
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelRefused, match="lack"):
         load_model(tmp_path, config, "float32", "cpu")
-
-
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("shape", [(1, 1), (1, 37), (1, 0), (5,)])
-def test_packed_linear_is_the_linear(bias: bool, shape: tuple[int, ...]) -> None:
-    if not can_pack(torch.float32):
-        pytest.skip("this build of torch has no packed product")
-    linear = torch.nn.Linear(24, 40, bias=bias)
-    x = torch.randn(*shape, 24)
-    with torch.inference_mode():
-        torch.testing.assert_close(PackedLinear(linear)(x), linear(x))
 
 
 class MeasuringDevice(Device):
