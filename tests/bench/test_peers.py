@@ -249,6 +249,7 @@ def document(runs: list[Any]) -> dict[str, Any]:
         "threads": 2,
         "hardware": {"processor": "Z80", "features": ["avx2"], "cores": 2, "memory_gb": 16.0, "load": 0.1},
         "versions": {"torch": "2.13.0"},
+        "model_name": "a tiny Llama",
         "model": SMALL,
         "workloads": {
             "micro": {

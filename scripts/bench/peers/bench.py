@@ -191,6 +191,7 @@ class Bench:
             "versions": {"batchrun": commit()}
             | self.versions(Path(sys.executable), ("torch", "transformers"))
             | {"Python": platform.python_version()},
+            "model_name": "SmolLM2-135M's shape" if self.shape is SHAPE else "a tiny Llama",
             "model": self.shape,
             "workloads": {name: self.shape_of(name) for name in names},
             "peers": told,

@@ -204,7 +204,7 @@ def _how(document: Document) -> str:
         f"{hardware['cores']} cores, {hardware['memory_gb']:.0f} GB; {document['threads']} threads",
         "Load of the machine": f"{hardware['load']:.1f} processes waiting or running when it began",
         "Versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
-        "Model": f"SmolLM2-135M's shape (hidden {model['hidden_size']}, {model['num_hidden_layers']} layers, "
+        "Model": f"{document['model_name']} (hidden {model['hidden_size']}, {model['num_hidden_layers']} layers, "
         f"{model['num_attention_heads']} heads, {model['num_key_value_heads']} KV heads), vocabulary "
         f"{model['vocab_size']:,}, tied embeddings, random seeded weights (standard deviation "
         f"{model['initializer_range']})",
@@ -212,8 +212,8 @@ def _how(document: Document) -> str:
         "row says *sorted*, the peer got the same requests sorted by prompt",
         "Order": "one process after another, in turns, a round begins with the second of the last; a figure is the "
         "median of the runs that its row lists, or the one there was",
-        "Times": "generation: from the first request given to the last token got. For batchrun it is all that the "
-        "command does beside loading the model: reading and planning too. Whole process: with start and load",
+        "Times": "generation: from the first request given to the last token got; for batchrun, planning and running. "
+        "Whole process: with start, imports, load, and for batchrun reading the job and writing results",
         "Memory": "the most that the processes of a run held together, by the kernel's marks",
         "Floor": "the products of all linear layers with weights packed for oneDNN, each distinct prompt token once, "
         "then one step for each output token with a row for each request that is not done; measured in every round. "

@@ -19,26 +19,23 @@ def load(job: Job):
 
 
 def generate(model, job: Job) -> list[list[int]]:
-    import torch
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
     room = job.kv_tokens or job.tokens + PAGE * len(job.prompts)
-    length = max(job.outputs)
-    with torch.inference_mode():
-        made = model.generate_batch(
-            job.prompts,
-            generation_config=GenerationConfig(
-                do_sample=False, max_new_tokens=length, eos_token_id=-1, pad_token_id=0, use_cache=True
-            ),
-            continuous_batching_config=ContinuousBatchingConfig(
-                page_size=PAGE,
-                num_blocks=room // PAGE,
-                max_batch_tokens=STEP_TOKENS,
-                allow_block_sharing=True,
-            ),
-        )
-    by_number = sorted(made.items(), key=lambda item: int(item[0].rsplit("_", 1)[-1]))
-    return [answer.generated_tokens[:n] for (_, answer), n in zip(by_number, job.outputs, strict=True)]
+    made = model.generate_batch(
+        job.prompts,
+        generation_config=GenerationConfig(
+            do_sample=False, max_new_tokens=max(job.outputs), eos_token_id=-1, pad_token_id=0, use_cache=True
+        ),
+        continuous_batching_config=ContinuousBatchingConfig(
+            page_size=PAGE, num_blocks=room // PAGE, max_batch_tokens=STEP_TOKENS, allow_block_sharing=True
+        ),
+    )
+    for answer in made.values():
+        if answer.error:
+            raise RuntimeError(answer.error)
+    in_order = sorted(made.items(), key=lambda item: int(item[0].rsplit("_", 1)[-1]))
+    return [answer.generated_tokens[:n] for (_, answer), n in zip(in_order, job.outputs, strict=True)]
 
 
 if __name__ == "__main__":
