@@ -1,5 +1,5 @@
-"""batchrun, through its command. Generation is planning and running; reading the job and loading the tokenizer are counted
-as loading, since peers are given token ids."""
+"""batchrun, through its command. Generation is planning and running; reading the job and loading the tokenizer count as
+loading, since peers are given token ids."""
 
 import json
 import os
