@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 Prompt = list[int]
+ROOMY_TOKENS = 65_536  # more than the distinct tokens of any workload
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,10 @@ class Job:
         return max(len(p) + n for p, n in zip(self.prompts, self.outputs, strict=True))
 
     @property
-    def tokens(self) -> int:
-        """Tokens of all requests with their answers, shared or not."""
-        return sum(map(len, self.prompts)) + sum(self.outputs)
+    def room(self) -> int:
+        """Tokens of KV to set aside: what memory holds, or where it is roomy enough for all requests side by side."""
+        everything = sum(map(len, self.prompts)) + sum(self.outputs) + 64 * len(self.prompts)
+        return self.kv_tokens or min(everything, ROOMY_TOKENS)
 
 
 @dataclass(frozen=True)

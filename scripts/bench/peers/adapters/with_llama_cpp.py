@@ -15,7 +15,7 @@ def load(job: Job):
     llama.llama_log_set(quiet, None)
     model = llama.llama_model_load_from_file(job.model.encode(), llama.llama_model_default_params())
     settings = llama.llama_context_default_params()
-    room = min(job.kv_tokens or WAVE_TOKENS, job.tokens)
+    room = job.kv_tokens or WAVE_TOKENS
     settings.n_ctx = -(-max(room, job.longest) // 256) * 256
     settings.n_batch = STEP_TOKENS
     settings.n_ubatch = 512

@@ -16,8 +16,7 @@ def load(job: Job):
     settings.dynamic_split_fuse = True
     settings.max_num_seqs = 256
     settings.max_num_batched_tokens = STEP_TOKENS
-    room = job.kv_tokens or job.tokens + BLOCK * len(job.prompts)
-    settings.num_kv_blocks = room // BLOCK
+    settings.num_kv_blocks = job.room // BLOCK
     precision = PRECISION[job.dtype]
     properties = {
         "INFERENCE_PRECISION_HINT": precision,

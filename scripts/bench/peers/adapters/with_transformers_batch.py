@@ -21,14 +21,13 @@ def load(job: Job):
 def generate(model, job: Job) -> list[list[int]]:
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
-    room = job.kv_tokens or job.tokens + PAGE * len(job.prompts)
     made = model.generate_batch(
         job.prompts,
         generation_config=GenerationConfig(
             do_sample=False, max_new_tokens=max(job.outputs), eos_token_id=-1, pad_token_id=0, use_cache=True
         ),
         continuous_batching_config=ContinuousBatchingConfig(
-            page_size=PAGE, num_blocks=room // PAGE, max_batch_tokens=STEP_TOKENS, allow_block_sharing=True
+            page_size=PAGE, num_blocks=job.room // PAGE, max_batch_tokens=STEP_TOKENS, allow_block_sharing=True
         ),
     )
     for answer in made.values():

@@ -5,13 +5,13 @@ import os
 from protocol import Job, serve
 
 BLOCK = 32
-ROOMY_GIB = 4
+MOST_GIB = 4  # must hold what the blocks below take
 
 
 def load(job: Job):
     os.environ |= {
         "VLLM_CPU_OMP_THREADS_BIND": f"0-{job.threads - 1}",
-        "VLLM_CPU_KVCACHE_SPACE": str(ROOMY_GIB),
+        "VLLM_CPU_KVCACHE_SPACE": str(MOST_GIB),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",
@@ -19,7 +19,6 @@ def load(job: Job):
     }
     from vllm import LLM
 
-    blocks = {} if job.kv_tokens is None else {"num_gpu_blocks_override": job.kv_tokens // BLOCK}
     return LLM(
         job.model,
         dtype=job.dtype,
@@ -30,7 +29,7 @@ def load(job: Job):
         max_num_seqs=128,
         max_num_batched_tokens=2048,
         disable_log_stats=True,
-        **blocks,
+        num_gpu_blocks_override=job.room // BLOCK,
     )
 
 
