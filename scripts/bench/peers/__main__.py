@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -74,6 +75,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, help="folder of the page; a trial's is in the cache")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the peer which runs is ended too
     if args.tiny:
         args.workloads, args.repeats = ["micro"], 1
     asked = PEERS if args.peers is None else [known[name] for name in args.peers]
@@ -95,8 +97,12 @@ def main() -> None:
     ready = bench.prepare(needed, args.dtypes)
     if args.install_only:
         return
-    for turn in turns(ready, **choice):
-        bench.take(turn)
+    try:
+        for turn in turns(ready, **choice):
+            bench.take(turn)
+    except (KeyboardInterrupt, SystemExit):
+        trial, out = True, args.cache / "results"  # what there is, is not lost
+        print("\ninterrupted", flush=True)
     command = shlex.join(["python", "scripts/bench/peers", *_shown(sys.argv[1:])])
     page = write_page(bench.document(needed, command, trial=trial), out)
     print(f"\n{page.read_text()}\nWritten to {page} in {(time.perf_counter() - began) / 60:.1f} minutes.")

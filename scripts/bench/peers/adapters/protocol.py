@@ -84,9 +84,11 @@ def serve(load: Callable[[Job], Any], generate: Callable[[Any, Job], list[list[i
     job = read_job()
     began = time.perf_counter()
     engine = load(job)
-    loaded = time.perf_counter()
+    loaded, used = time.perf_counter(), time.process_time()
     outputs = generate(engine, job)
-    write_result(Result(loaded - began, time.perf_counter() - loaded, outputs))
+    ended = time.perf_counter()
+    details = {"processor_seconds": time.process_time() - used}
+    write_result(Result(loaded - began, ended - loaded, outputs, details))
 
 
 @dataclass(frozen=True)
