@@ -127,6 +127,7 @@ class Bench:
             "load_seconds": result.load_seconds,
             "generation_seconds": result.generation_seconds,
             "process_seconds": got.process_seconds,
+            "processor_seconds": got.processor_seconds,
             "peak_bytes": got.peak_bytes,
             "details": result.details,
         }

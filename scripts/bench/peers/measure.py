@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import tempfile
@@ -33,11 +34,13 @@ class Measured:
     Attributes:
         result: what the adapter wrote.
         process_seconds: from its start until its end, on the clock.
+        processor_seconds: of all its processes and threads; what others on the machine take does not count.
         peak_bytes: most memory that its processes held together, by the kernel's own marks.
     """
 
     result: Result
     process_seconds: float
+    processor_seconds: float
     peak_bytes: int
 
 
@@ -59,7 +62,7 @@ def measure(python: Path, adapter: str | Path, job: Job, timeout: float, variabl
         command = [str(python), str(ADAPTERS / adapter), str(root / "job.json"), str(root / "result.json")]
         threads = {"OMP_NUM_THREADS": str(job.threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
         with (root / "log").open("w+") as log:
-            began = time.perf_counter()
+            began, used = time.perf_counter(), _used()
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -89,7 +92,13 @@ def measure(python: Path, adapter: str | Path, job: Job, timeout: float, variabl
     if lengths != job.outputs:
         wrong = sum(a != b for a, b in zip(lengths, job.outputs, strict=False)) + abs(len(lengths) - len(job.outputs))
         raise RunFailed(f"{wrong} of {len(job.outputs)} answers have another length than asked for")
-    return Measured(result, seconds, peak)
+    return Measured(result, seconds, _used() - used, peak)
+
+
+def _used() -> float:
+    """Seconds of processor time of all processes that were waited for so far, and of those that they waited for."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def _end(process: subprocess.Popen[Any]) -> None:
