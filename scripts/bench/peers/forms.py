@@ -40,8 +40,8 @@ _CONVERTERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "openvino": ("openvino-convert", "optimum-cli", ("export", "openvino", "--model", "{model}", *_OPENVINO, "{out}")),
     "ctranslate2": (
         "ctranslate2",
-        "ct2-transformers-converter",
-        ("--model", "{model}", "--output_dir", "{out}", "--quantization", "{dtype}"),
+        "python",
+        (str(_ADAPTERS / "convert_ctranslate2.py"), "{model}", "{dtype}", "{out}"),
     ),
 }
 _ONE_FOR_ALL = ("openvino",)  # its precision is chosen when it is loaded
