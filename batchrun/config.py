@@ -111,7 +111,7 @@ def parse_share(value: str | int, total: int = 0) -> int:
         ValueError: it is neither.
     """
     match = _SHARE.fullmatch(str(value).strip())
-    if match is None or (match[2] and float(match[1]) > 100) or not (match[2] or match[1].isdigit()):
+    if match is None or (float(match[1]) > 100 if match[2] else not match[1].isdigit() or int(match[1]) >= 2**63):
         raise ValueError(f"{value!r} is no number of lines: write 10 or 5%")
     return int(total * Fraction(match[1]) / 100) if match[2] else int(match[1])
 

@@ -16,7 +16,7 @@ from factories import ARCHITECTURES
 from oracles import DEAR_ROWS, make_requests
 from transformers import AutoModelForCausalLM
 
-from batchrun.engine import model as model_module
+from batchrun.engine import decoder as decoder_module
 from batchrun.engine.batch import StepTensors
 from batchrun.engine.device import Device
 from batchrun.engine.kv_cache import KVCache
@@ -205,7 +205,7 @@ def test_equals_generate_by_transformers_own_layers(
     model_dir: ModelFactory, architecture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The way of models whose layers the decoder does not know."""
-    monkeypatch.setattr(model_module, "DECODED", ())
+    monkeypatch.setattr(decoder_module, "DECODED", ())
     model = model_dir(architecture)
     requests = make_requests(PROMPTS, [NEW_TOKENS] * len(PROMPTS))
     found = answers_of(model, requests, pages=70, page_size=4, step_tokens=19)

@@ -23,9 +23,12 @@ LUMPS = [
 ]  # fmt: skip
 
 
+SLOW = (pytest.mark.slow, pytest.mark.timeout(900))
+
+
 def parts(slow: int) -> pytest.MarkDecorator:
     """A test's parameter `part`: 0, and as many slow ones."""
-    return pytest.mark.parametrize("part", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, slow + 1))])
+    return pytest.mark.parametrize("part", [0, *(pytest.param(n, marks=SLOW) for n in range(1, slow + 1))])
 
 
 def repeatable(part: int, cases: int) -> Callable[[Any], Any]:
