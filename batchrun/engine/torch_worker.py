@@ -134,9 +134,9 @@ class TorchWorker:
         tensors = self._device.upload({**batch.arrays, **sampling.arrays})
         batch.bind(tensors, self._sampled)
         logits = self._logits(batch, self._kv_cache)[: requests.size]
-        if finding is None:
-            mask, stuck = None, {}
-        else:
+        mask: tuple[torch.Tensor, torch.Tensor] | None = None
+        stuck: dict[int, str] = {}
+        if finding is not None:
             found = finding.result()
             mask, stuck = (self._device.send(found.rows), self._device.send(found.bits)), found.stuck
         sampled = self._sampler.sample(logits, sampling, tensors, self._sampled, mask)
