@@ -108,15 +108,6 @@ def run_loop(
             if recovery is not None:
                 recovery.finished()
         on_step(step, output)
-<<<<<<< HEAD
-        without_token = output.token_ids < 0
-        for place, cause in output.stuck.items():
-            without_token[place] = False
-            if recovery is None:
-                raise AssertionError(cause)
-            recovery.stuck(int(step.request[step.samples][place]), cause)
-        unsound = step.request[step.samples][without_token]
-=======
         no_numbers = output.token_ids < 0
         for place, cause in output.stuck.items():
             no_numbers[place] = False
@@ -124,7 +115,6 @@ def run_loop(
                 raise AssertionError(cause)
             recovery.stuck(int(step.request[step.samples][place]), cause)
         unsound = step.request[step.samples][no_numbers]
->>>>>>> 614ed3b (Names and types that a checker can follow)
         unsound = unsound[np.isin(unsound, scheduler.requests_in_steps())] if unsound.size else unsound
         if unsound.size:
             if recovery is None:
