@@ -29,12 +29,12 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from calibrate_device import FULL, Bench, Job
-from make_job import KV_TOKENS, WORKLOADS, Ids, micro, workload
 
 from batchrun.engine import decoder
 from batchrun.engine.sampler import Sampler
 from batchrun.models import load_device_spec
 from batchrun.planning.cost import Work
+from batchrun.workloads import WORKLOADS, Ids, make_workload, micro
 
 _POOL_TOKENS = 1 << 17
 _SMALL = "small"  # the job that design notes compare peers on
@@ -156,10 +156,11 @@ def main() -> None:
     shape = {**FULL.held_out, "num_hidden_layers": args.layers}
     vocabulary = shape["vocab_size"]
     if args.workload == _SMALL:
-        requests = list(micro(Ids(0, vocabulary), 2, 512, 16, 32, 32))
+        requests, kv_tokens = list(micro(Ids(0, vocabulary), 2, 512, 16, 32, 32)), None
     else:
-        requests = workload(args.workload, vocab_size=vocabulary)
-    job = Job(args.workload, requests, args.step_tokens, KV_TOKENS.get(args.workload, _POOL_TOKENS))
+        made = make_workload(args.workload, vocab_size=vocabulary)
+        requests, kv_tokens = made.requests, made.kv_tokens
+    job = Job(args.workload, requests, args.step_tokens, kv_tokens or _POOL_TOKENS)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), shape, load_device_spec("cpu"), args.dtype)
         floor = Floor(Path(folder), getattr(torch, args.dtype))

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from batchrun.prefix.forest import build_forest
 from batchrun.tokens import TokenTable
+from batchrun.workloads import make_workload
 from scripts.bench.peers import environments
 from scripts.bench.peers.adapters.protocol import Job, groups, in_common, shared_runs, waves
 from scripts.bench.peers.environments import Recipe, Unavailable, python_of
@@ -24,7 +25,6 @@ from scripts.bench.peers.measure import RunFailed, measure
 from scripts.bench.peers.page import render, rows_of
 from scripts.bench.peers.registry import FLOOR, OURS, PEERS, SHUFFLED, SORTED
 from scripts.bench.peers.schedule import turns
-from scripts.make_job import workload
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {
@@ -67,7 +67,7 @@ def test_shared_runs_are_shared_and_groups_have_everyone_once(prompts, least):
 
 
 def test_shared_runs_of_a_tree_have_its_levels():
-    requests = workload("tree", vocab_size=16384)
+    requests = make_workload("tree", vocab_size=16384).requests
     runs = shared_runs([prompt for prompt, _ in requests])
     assert [(run.level, run.length) for run in runs] == [(0, 256)] * 4 + [(1, 1024)] * 16
     assert {len(run.members) for run in runs if run.level == 1} == {8}

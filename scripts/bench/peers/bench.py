@@ -14,6 +14,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from batchrun.workloads import Ids, Workload, make_workload, micro
 from scripts.bench.peers.adapters.protocol import Job
 from scripts.bench.peers.environments import RECIPES, Unavailable, python_of
 from scripts.bench.peers.floor import floor_of, physical_tokens
@@ -21,7 +22,6 @@ from scripts.bench.peers.forms import SHAPE, Forms, kv_bytes
 from scripts.bench.peers.measure import RunFailed, measure
 from scripts.bench.peers.registry import FLOOR, OURS, REFERENCE, SORTED, Peer
 from scripts.bench.peers.schedule import Turn
-from scripts.make_job import KV_TOKENS, Ids, micro, workload
 
 ROOT = Path(__file__).resolve().parents[3]
 TINY = SHAPE | {
@@ -49,20 +49,25 @@ class Bench:
         self.runs: list[dict[str, Any]] = []
         self.floors: list[dict[str, Any]] = []
         self.unavailable: dict[str, str] = {}
-        self._requests: dict[str, list[tuple[list[int], int]]] = {}
+        self._workloads: dict[str, Workload] = {}
 
     def requests(self, name: str) -> list[tuple[list[int], int]]:
         """Prompts and answer lengths of a workload."""
-        if name not in self._requests:
-            if self.shape is SHAPE:
-                self._requests[name] = workload(name, vocab_size=self.shape["vocab_size"])
-            else:
-                self._requests[name] = list(micro(Ids(0, self.shape["vocab_size"]), 3, 64, 4, 16, 8))
-        return self._requests[name]
+        return self._workload(name).requests
 
     def kv_tokens(self, name: str) -> int | None:
         """What a workload's KV memory may hold."""
-        return KV_TOKENS.get(name) if self.shape is SHAPE else None
+        return self._workload(name).kv_tokens
+
+    def _workload(self, name: str) -> Workload:
+        if name not in self._workloads:
+            vocabulary = self.shape["vocab_size"]
+            if self.shape is SHAPE:
+                self._workloads[name] = make_workload(name, vocab_size=vocabulary)
+            else:
+                tiny = list(micro(Ids(0, vocabulary), 3, 64, 4, 16, 8))
+                self._workloads[name] = Workload(name, tiny, kv_tokens=None, ignore_eos=True, part=1.0)
+        return self._workloads[name]
 
     def python(self, peer: Peer) -> Path:
         """The interpreter of a peer's environment."""
