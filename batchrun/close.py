@@ -4,30 +4,28 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from batchrun.config import RunConfig
 from batchrun.devices import resolve_device
-from batchrun.errors import ExitCode, RunDirError
+from batchrun.errors import RunDirError
 from batchrun.formats.job import JobSource, lint_job, read_job
 from batchrun.formats.report import REPORT, read_report, write_report
 from batchrun.formats.results import error_line, unrun_line
 from batchrun.formats.rundir import (
     ERRORS,
     RESULTS,
-    Recovered,
     ResultSink,
     RunDir,
     RunFile,
     RunState,
     RunStatus,
+    exit_code_of,
     sort_results,
     write_text_atomic,
 )
@@ -35,7 +33,7 @@ from batchrun.origin import job_of, settings_of
 from batchrun.pipeline import LOG, PAGE, Outcome, finished, log_to
 from batchrun.report.page import render_page
 from batchrun.report.records import KvUse, Report, RequestCounts, Seconds, StepLog, Throughput, TokenCounts, Warned
-from batchrun.request import JobLine, LineFault
+from batchrun.request import LineFault
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +80,7 @@ def _close(run_dir: RunDir, source: JobSource, total: int, config: RunConfig, co
     recovered = run_dir.recover()
     codes = Counter(recovered.error_codes)
     with ResultSink(path, recovered, flush_results=_FLUSH_LINES) as sink:
-        for line in _remaining(source, config.limit, recovered):
+        for line in recovered.unfinished(islice(read_job(source), config.limit)):
             if isinstance(line, LineFault):
                 sink.write_error(error_line(line))
                 codes[line.code] += 1
@@ -99,33 +97,10 @@ def _close(run_dir: RunDir, source: JobSource, total: int, config: RunConfig, co
     write_report(path / REPORT, report)
     write_text_atomic(path / PAGE, render_page(report, StepLog().columns))
     closed = codes[CANCELLED] + codes[EXPIRED]  # some perhaps by an earlier call, which was killed
-    if not counts.completed:
-        exit_code = ExitCode.NOTHING_RUNNABLE
-    else:
-        exit_code = ExitCode.SOME_FAILED if counts.failed else ExitCode.OK
     status = RunStatus.CANCELLED if closed else RunStatus.COMPLETED
-    run_dir.update(status, counts, errors=codes, exit_code=exit_code)
+    run_dir.update(status, counts, errors=codes, exit_code=exit_code_of(counts))
     log.info("closed for good: %s completed, %s failed, %s of them by closing", counts.completed, counts.failed, closed)
-    return Outcome(report, path, exit_code)
-
-
-def _remaining(source: JobSource, limit: int | None, recovered: Recovered) -> Iterator[JobLine | LineFault]:
-    """The lines of the job that have neither a result nor an error, in file order."""
-    done = _Sorted(np.union1d(recovered.results, recovered.errors))
-    return (line for line in islice(read_job(source), limit) if line.number not in done)
-
-
-class _Sorted:
-    """Numbers that are asked for in ascending order: 8 bytes of memory each, where a set takes 60."""
-
-    def __init__(self, numbers: npt.NDArray[np.int64]) -> None:
-        self._numbers = numbers
-        self._next = 0
-
-    def __contains__(self, number: int) -> bool:
-        while self._next < self._numbers.size and self._numbers[self._next] < number:
-            self._next += 1
-        return self._next < self._numbers.size and bool(self._numbers[self._next] == number)
+    return Outcome(report, path, exit_code_of(counts))
 
 
 def _report(path: Path, run: RunFile, config: RunConfig, counts: RequestCounts, codes: Counter[str]) -> Report:

@@ -225,15 +225,14 @@ _OF_LONGROPE = "; the model takes more, but longrope turns longer sequences othe
 
 def _fault(line: JobLine, prompts: list[Int32], spec: ModelSpec) -> LineFault | None:
     """Why a line cannot run, now that its tokens are known."""
+    if line.options.logit_bias and (last := line.options.logit_bias[-1][0]) >= spec.vocab_size:  # the largest id
+        message = f"token id {last} is not below the vocabulary's {spec.vocab_size}"
+        return LineFault(line.number, line.custom_id, "invalid_request", message, "logit_bias")
     for ids in prompts:
         if not ids.size:
             return _invalid(line, "the prompt has no tokens", "empty_prompt")
         if (largest := int(ids.max())) >= spec.vocab_size:
             return _invalid(line, f"token id {largest} is not below the vocabulary's {spec.vocab_size}")
-        bad = max((token for token, _ in line.options.logit_bias or ()), default=0)
-        if bad >= spec.vocab_size:
-            message = f"token id {bad} is not below the vocabulary's {spec.vocab_size}"
-            return LineFault(line.number, line.custom_id, "invalid_request", message, "logit_bias")
         if ids.size >= spec.max_context:
             return _invalid(
                 line,

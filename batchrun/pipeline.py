@@ -45,6 +45,7 @@ from batchrun.formats.rundir import (
     RunStatus,
     check_disk,
     estimate_disk,
+    exit_code_of,
     output_errors,
     sort_results,
     write_text_atomic,
@@ -448,12 +449,7 @@ class Run:
                 )
             raise
         counts = report.request_counts
-        if stopped:
-            code = ExitCode.STOPPED
-        elif counts.completed == 0:
-            code = ExitCode.NOTHING_RUNNABLE
-        else:
-            code = ExitCode.SOME_FAILED if counts.failed else ExitCode.OK
+        code = ExitCode.STOPPED if stopped else exit_code_of(counts)
         status = RunStatus.STOPPED if stopped else RunStatus.COMPLETED
         self.run_dir.update(status, counts, errors=report.errors, exit_code=code)
         log.info("%s: %s completed, %s failed, %s remaining", status, counts.completed, counts.failed, counts.remaining)
@@ -461,13 +457,8 @@ class Run:
 
     def _fill(self, sink: ResultSink, recovered: Recovered, stack: ExitStack) -> tuple[Report, bool]:
         """Write every result and error; returns the report, which is written too, and whether the run was stopped."""
-        done = np.union1d(recovered.results, recovered.errors).data  # 8 bytes a line; a set takes some 100
-
-        def is_done(number: int) -> bool:
-            place = bisect_left(done, number)
-            return place < len(done) and done[place] == number
-
-        self._refuse(sink, [fault for fault in self.lint.faults if not is_done(fault.number)])
+        done = recovered.results.size + recovered.errors.size
+        self._refuse(sink, list(recovered.unfinished(self.lint.faults)))
         self.observer.faults(self.lint.faults, self.total)
 
         config = self.config
@@ -479,8 +470,7 @@ class Run:
             left = engine.kv_memory(device.kv_share, rows, config.scheduler.page_size or device.page_size)
             config = config.model_copy(update={"kv_memory": left})
         self.observer.stage("read")
-        sound = sound_lines(self.source, self.config.limit)
-        lines: Iterator[JobLine] = (line for line in sound if not is_done(line.number))
+        lines = recovered.unfinished(sound_lines(self.source, self.config.limit))
         if self.limit_again is not None:
             lines = _limited(lines, set(recovered.replaced.tolist()), self.limit_again)
         prepared = prepare(self.subject, lines, config, device)
@@ -493,13 +483,12 @@ class Run:
             warnings.append(
                 Warned(
                     "resumed",
-                    len(done),
-                    f"{len(done):,} lines were finished by an earlier start; tokens, steps and times are of the rest",
+                    done,
+                    f"{done:,} lines were finished by an earlier start; tokens, steps and times are of the rest",
                 )
             )
-        answers = prepared.answers
-        limits = prepared.requests.max_new_tokens[answers.request]
-        disk = check_disk(self.run_dir.path, estimate_disk(limits, len(answers.custom_ids)))
+        limits = prepared.requests.max_new_tokens[prepared.answers.request]
+        disk = check_disk(self.run_dir.path, estimate_disk(limits, len(prepared.answers.custom_ids)))
         if disk is not None:
             warnings.append(Warned("disk_space", 1, disk))
         for warning in warnings:
@@ -512,9 +501,9 @@ class Run:
         if len(prepared.requests) and self._limit_reached():
             stopped = True
         elif len(prepared.requests):
-            simulated = simulate(prepared)
+            planned = plan_file(prepared, simulate(prepared), orders, self.subject, self.fingerprint)
+            self.planned = planned
             self.seconds["plan"] += time.perf_counter() - began
-            planned = self.planned = plan_file(prepared, simulated, orders, self.subject, self.fingerprint)
             write_plan(self.run_dir.path / PLAN, planned)
             self.observer.expected_rows(planned.rows)
             attempts = recovered.attempts_of(prepared.answers.line_numbers)

@@ -269,11 +269,12 @@ class Requests:
         return self.take(np.flatnonzero(np.isin(self.line, lines)))
 
     def for_sampling(self) -> Requests:
-        """Only what sampling asks for: all that a worker wants to know, and little to send to it. Prompts are empty but
-        for those whose tokens are penalised."""
+        """Only what sampling asks for: all that a worker wants to know, and little to send to it. Prompts are left
+        out where nobody's tokens are penalised, and else empty but for those whose are."""
         penalised = np.array([s.repetition_penalty != 1 for s in self.sampling], dtype=bool)
+        nothing = TokenTable(self.tokens.ids[:0], np.zeros(1, dtype=np.int64))
         return Requests(
-            tokens=self.tokens.only(penalised[self.sampling_id]),
+            tokens=self.tokens.only(penalised[self.sampling_id]) if penalised.any() else nothing,
             line=self.line[:0],
             sampling_id=self.sampling_id,
             sampling=self.sampling,

@@ -369,7 +369,7 @@ def _formats() -> str:
 
 def _answer_fields() -> str:
     meanings = {name: field.description for name, field in config.SamplingConfig.model_fields.items()} | MEANINGS
-    checks = job._CHECKS | job._OF_ENDPOINT[Endpoint.COMPLETIONS] | job._OF_ENDPOINT[Endpoint.CHAT]
+    checks = job._ALL_CHECKS[Endpoint.COMPLETIONS] | job._ALL_CHECKS[Endpoint.CHAT]
     rows = [(f"`{name}`", _wanted(name, check), meanings[name] or "") for name, check in checks.items()]
     return _table(("field", "value", "meaning"), rows)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kills import killed_before
 from test_pipeline import Watcher, read_lines, snapshot, write_job
 from test_retry import LINES, SLOWLY, batchrun, choices, codes, counts, stopped_after
 
+from batchrun import close
 from batchrun.cli import app
 from batchrun.config import load_config
 from batchrun.errors import ExitCode
@@ -142,7 +143,8 @@ def test_wherever_closing_is_killed_closing_again_ends_it(stopped, here, monkeyp
             file.unlink()
         for name, (_, content) in start.items():
             (here / "jobs.run" / name).write_bytes(content)
-        lived = closing_killed_at(call)
+        writes = [(os, "write"), (os, "fsync"), (os, "ftruncate"), (Path, "replace")]
+        lived = killed_before(call, writes, close_line_by_line)
         call += 1
         assert batchrun("close", "jobs.run", "-q").exit_code == ExitCode.SOME_FAILED
         assert (here / "jobs.run" / "results.jsonl").read_bytes() == results
@@ -152,33 +154,9 @@ def test_wherever_closing_is_killed_closing_again_ends_it(stopped, here, monkeyp
     assert call > 5
 
 
-def closing_killed_at(call: int) -> bool:
-    """Kill a close with SIGKILL just before its so-manieth write, fsync or rename; whether it came to its end."""
-    child = os.fork()
-    if child:
-        status = os.waitpid(child, 0)[1]
-        assert os.WIFEXITED(status) or os.WTERMSIG(status) == signal.SIGKILL
-        return os.WIFEXITED(status)
-    calls = iter(range(10**6))
-
-    def deadly(real: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(*args: Any) -> Any:
-            if next(calls) == call:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return real(*args)
-
-        return wrapped
-
-    try:
-        for name in ("write", "fsync", "ftruncate"):
-            setattr(os, name, deadly(getattr(os, name)))
-        Path.replace = deadly(Path.replace)  # type: ignore[method-assign]
-        from batchrun import close
-
-        close._FLUSH_LINES = 1
-        app(["close", "jobs.run", "-q"])
-    finally:
-        os._exit(0)
+def close_line_by_line() -> None:
+    close._FLUSH_LINES = 1
+    app(["close", "jobs.run", "-q"])
 
 
 def test_closing_loads_no_model_and_no_torch(stopped, here):

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from faulty import build_faulty_engine
+from kills import killed_before
 from test_cli import batchrun_process
 from test_pipeline import PAGE_BYTES, Watcher, read_lines, snapshot, write_job
 from typer.testing import CliRunner, Result
@@ -359,30 +360,9 @@ def half_bad(run, here, monkeypatch) -> dict[str, Any]:
 ALL = ["--finish-reason", "length", "--code", "engine_quarantined", "--max-tokens", "9", "-q"]
 
 
-def killed_at(call: int) -> bool:
-    """Kill a retry with SIGKILL just before its so-manieth fsync or rename; whether it lived to run a line."""
-    child = os.fork()
-    if child:
-        status = os.waitpid(child, 0)[1]
-        assert os.WIFEXITED(status) or os.WTERMSIG(status) == signal.SIGKILL
-        return os.WIFEXITED(status)
-    calls = iter(range(10**6))
-
-    def deadly(real: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(*args: Any) -> Any:
-            if next(calls) == call:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return real(*args)
-
-        return wrapped
-
-    try:
-        os.fsync = deadly(os.fsync)
-        Path.replace = deadly(Path.replace)  # type: ignore[method-assign]
-        pipeline.Run.execute = lambda self: os._exit(0)  # type: ignore[method-assign,assignment,return-value]
-        app(["retry", "jobs.run", *ALL])
-    finally:
-        os._exit(1)
+def take_out() -> None:
+    pipeline.Run.execute = lambda self: os._exit(0)  # type: ignore[method-assign,assignment,return-value]
+    app(["retry", "jobs.run", *ALL])
 
 
 def test_wherever_the_taking_out_is_killed_nothing_is_lost_and_the_same_command_goes_on(half_bad, here):
@@ -402,7 +382,7 @@ def test_wherever_the_taking_out_is_killed_nothing_is_lost_and_the_same_command_
 
     for call in range(40):
         restore()
-        lived = killed_at(call)
+        lived = killed_before(call, [(os, "fsync"), (Path, "replace")], take_out)
         there = b"".join(file.read_bytes() for file in (here / "jobs.run").glob("re*.jsonl"))
         there += (here / "jobs.run" / "errors.jsonl").read_bytes()
         assert [raw for raw in old if raw not in there] == []

@@ -42,10 +42,10 @@ class LineCollector:
         self._groups = groups
         self._model = model
         self._sink = sink
-        self._missing = np.bincount(answers.line, minlength=len(answers.custom_ids))
+        self._missing = np.bincount(answers.line, minlength=len(answers.custom_ids)).astype(np.int32)
         # The answers of request r, the one that it was made for first, are _by_request[_begin[r]:_begin[r + 1]].
-        self._by_request = np.argsort(answers.request, kind="stable")
-        self._begin = np.concatenate(([0], np.cumsum(np.bincount(answers.request))))
+        self._by_request = np.argsort(answers.request, kind="stable").astype(np.int32)
+        self._begin = np.concatenate(([0], np.cumsum(np.bincount(answers.request)))).astype(np.int32)
         self._partial: dict[int, list[Result]] = {}
         self._failed: set[int] = set()
 
@@ -78,6 +78,8 @@ class LineCollector:
         """The answer of a chat, with what is no text of it apart."""
         requests, decode = self._requests, self._tokenizer.decode
         sampling = requests.sampling[requests.sampling_id[finished.request]]
+        if not (sampling.tool_calls or self._reader.thinks):
+            return result
         whole = None
         if sampling.tool_calls:
             # Where a stop string has cut the text, what it cut off is no part of it.
@@ -105,12 +107,12 @@ class LineCollector:
             return
         results = sorted(self._partial.pop(line), key=lambda result: result.index)
         # As at OpenAI's, the tokens of a prompt count once for all answers to it.
-        again = np.arange(len(results)) % answers.n[results[0].index] > 0
-        results = [
-            replace(result, usage=replace(result.usage, prompt_tokens=0, cached_tokens=0)) if counted else result
-            for result, counted in zip(results, again.tolist(), strict=True)
-        ]
         first = results[0].index
+        n = int(answers.n[first])
+        results = [
+            replace(result, usage=replace(result.usage, prompt_tokens=0, cached_tokens=0)) if at % n else result
+            for at, result in enumerate(results)
+        ]
         group = int(self._groups.request_group[answers.request[first]])
         made_for = [self._rows(int(answers.request[result.index]))[0] for result in results]
         copied = not any(row == result.index for row, result in zip(made_for, results, strict=True))

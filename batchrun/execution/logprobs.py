@@ -21,7 +21,7 @@ class LogprobTable:
 
     def __init__(self, requests: Requests) -> None:
         wanted = np.array([-1 if s.logprobs is None else s.logprobs for s in requests.sampling], dtype=np.int64)
-        self._alternatives = wanted[requests.sampling_id]
+        self._alternatives, self._sampling_id = wanted, requests.sampling_id
         self._row_of = np.full(len(requests) if (wanted >= 0).any() else 0, _NEW, dtype=np.int64)
         self._vacant: list[int] = []
         width = max(int(wanted.max(initial=-1)), 0)
@@ -47,7 +47,7 @@ class LogprobTable:
 
     def take(self, request: int, tokens: int) -> Logprobs | None:
         """The logprobs of an answer of so many tokens, which is then forgotten; None where it wants none."""
-        alternatives = int(self._alternatives[request])
+        alternatives = int(self._alternatives[self._sampling_id[request]])
         if alternatives < 0:
             return None
         row = int(self._row_of[request])

@@ -430,7 +430,7 @@ def _read_body(
         The messages or the prompts, the options, the model, and what the chat template is given besides.
     """
     content_field, read_content = _CONTENT[endpoint]
-    checks = _CHECKS | _OF_ENDPOINT[endpoint]
+    checks = _ALL_CHECKS[endpoint]
     content: tuple[Any, ...] | None = None
     found: dict[str, Any] = {}
     for name, value in body.items():
@@ -455,11 +455,22 @@ def _read_body(
     model = found.pop("model", None)
     if (max_completion_tokens := found.pop("max_completion_tokens", None)) is not None:
         found["max_tokens"] = max_completion_tokens
-    for_template: dict[str, Any] = {
-        name: found.pop(name) for name in ("tools", "chat_template_kwargs") if name in found
-    }
+    for_template: dict[str, Any] = {}
+    if not _TRANSLATED.isdisjoint(found):  # most lines have none of these, and a job has millions of lines
+        for_template = _translate(endpoint, found)
+    options = _options((*found.items(), *hints.items()))
+    if options.min_tokens and options.max_tokens and options.min_tokens > options.max_tokens:
+        raise _invalid("min_tokens", options.min_tokens, f"at most max_tokens ({options.max_tokens})")
+    return content, options, model, for_template
+
+
+def _translate(endpoint: Endpoint, found: dict[str, Any]) -> dict[str, Any]:
+    """Put fields that mean one thing by several, or by other names in each API, under the name that options have;
+    returns what the chat template is given."""
+    for_template: dict[str, Any] = {}
     if endpoint is Endpoint.CHAT:
         _chat_logprobs(found)
+        for_template = {name: found.pop(name) for name in _FOR_TEMPLATE if name in found}
         if found.pop("tool_choice", "auto") == "none":
             for_template.pop("tools", None)
         if for_template.get("tools"):
@@ -468,10 +479,7 @@ def _read_body(
         message = "echo with logprobs asks for logprobs of the prompt; " + _NO_PROMPT_LOGPROBS
         raise _Fault("unsupported_field", "echo", message)
     _one_grammar(found)
-    options = _options((*found.items(), *hints.items()))
-    if options.min_tokens and options.max_tokens and options.min_tokens > options.max_tokens:
-        raise _invalid("min_tokens", options.min_tokens, f"at most max_tokens ({options.max_tokens})")
-    return content, options, model, for_template
+    return for_template
 
 
 def _chat_logprobs(found: dict[str, Any]) -> None:
@@ -485,9 +493,9 @@ def _chat_logprobs(found: dict[str, Any]) -> None:
 
 def _one_grammar(found: dict[str, Any]) -> None:
     """Put the grammar of a line, by whichever field it has it, under one name."""
-    fields = [name for name in _GRAMMARS if found.get(name) is not None]
-    grammars = {name: found.pop(name, None) for name in _GRAMMARS}
     whitespace = found.pop("guided_whitespace_pattern", None)
+    grammars = {name: found.pop(name) for name in _GRAMMARS if name in found}
+    fields = [name for name, grammar in grammars.items() if grammar is not None]
     if not fields:
         return
     name = fields[0]
@@ -925,6 +933,11 @@ _OF_ENDPOINT: dict[Endpoint, dict[str, Callable[[str, Any], Any]]] = {
 
 _BIAS = _number(-100, 100)
 
+_ALL_CHECKS = {endpoint: _CHECKS | checks for endpoint, checks in _OF_ENDPOINT.items()}
+_FOR_TEMPLATE = ("tools", "chat_template_kwargs")
+_TRANSLATED = frozenset(
+    {*_FOR_TEMPLATE, "tool_choice", "logprobs", "top_logprobs", "echo", *_GRAMMARS, "guided_whitespace_pattern"}
+)
 _NO_PROMPT_LOGPROBS = "tokens of shared prompts are computed once for many lines, and no logits are made for them"
 
 # Under `batchrun`, in the line or in its body.

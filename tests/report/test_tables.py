@@ -7,10 +7,11 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import plans
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from plans import ESTIMATE, TOKENS, a_diagnosis, a_plan, a_planned, an_explanation, shared_run, some_steps
+from plans import ESTIMATE, a_diagnosis, a_plan, a_planned, an_explanation, shared_run, some_steps
 from rich.cells import cell_len
 from rich.console import Console
 
@@ -38,36 +39,15 @@ HOSTILE = "\x1b[31m[red]\u202e[/red]<script>\x00\x9b\ud800" + "x" * 150 + "æ¼¢å­
 
 
 def a_report(**changes) -> Report:
-    report = Report(
-        request_counts=RequestCounts(480, 478, 2, 0),
-        duplicates=0,
-        tokens=TOKENS,
-        saving=TOKENS.saving,
-        seconds=Seconds(total=250.3, load=1.23, tokenize=0.31, plan=0.048, execute=247.2),
-        throughput=Throughput(1.94, 1019.3, 31.07),
-        expected=None,
-        step_seconds=None,
-        steps=1204,
-        rows=5000,
-        kv=KV,
-        idle_rows=5,
-        padded_rows=12,
-        preemptions=3,
-        memory_retries=2,
-        worker_restarts=4,
-        prefix_evictions=1,
-        finish_reasons={"stop": 470, "length": 8},
-        errors={"empty_prompt": 1, "context_length_exceeded": 1},
-        warnings=(Warned("max_tokens_default", 3, "they have no max_tokens"),),
-        groups=GROUPS,
-        slowest=(),
-        schedule_order="dfs",
-        model="demo",
-        device="cpu",
-        dtype="float32",
-        environment={},
-    )
-    return replace(report, **changes)
+    of_tables = {
+        "seconds": Seconds(total=250.3, load=1.23, tokenize=0.31, plan=0.048, execute=247.2),
+        "step_seconds": None,
+        "steps": 1204,
+        "kv": KV,
+        "slowest": (),
+        "environment": {},
+    }
+    return plans.a_report(**of_tables | changes)
 
 
 def shown(show, *args, encoding: str = "utf-8", **kwargs) -> str:
