@@ -1,7 +1,7 @@
-"""Attention over shared prefixes and own KV on the CPU.
+"""Attention over shared prefixes and own KV on the CPU: by compiled kernels, or by torch where there are none.
 
-A prefix is read once for all its readers: their query heads become the rows of one call (Hydragen, arXiv 2402.05099),
-and the KV is a view of the pool. Partial results over disjoint KV are merged by their log-sum-exp.
+By torch, a prefix is read once for all its readers: their query heads become the rows of one call (Hydragen, arXiv
+2402.05099), and the KV is a view of the pool. Partial results over disjoint KV are merged by their log-sum-exp.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 
-from batchrun.engine.batch import Batch, Read
+from batchrun.engine.batch import Batch, CompiledBatch, Read
 from batchrun.engine.kv_cache import KVCache
 from batchrun.errors import ModelRefused
 
@@ -29,7 +29,7 @@ _SCORES_AT_ONCE = 1 << 22  # of soft-capped layers, whose scores are held in mem
 def attend(
     query: torch.Tensor,
     kv: torch.Tensor,
-    batch: Batch,
+    batch: Batch | CompiledBatch,
     pool: torch.Tensor,
     *,
     scaling: float,
@@ -55,6 +55,12 @@ def attend(
     rows, heads, dim = query.shape
     kv_heads = kv.shape[2]
     group = heads // kv_heads
+    if isinstance(batch, CompiledBatch):
+        by_place = query.view(rows, group, kv_heads, dim)
+        seen = batch.kernels.attend(
+            by_place, pool, batch.attention, scale=scaling, window=window, softcap=softcap, sinks=sinks
+        )
+        return seen.view(rows, heads * dim)
     work = batch.work(window)
     out, lse = batch.partial_results(window, heads, dim)
 
@@ -140,7 +146,7 @@ def batchrun_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
-    batch: Batch,
+    batch: Batch | CompiledBatch,
     kv_cache: KVCache,
     **features: Any,
 ) -> tuple[torch.Tensor, None]:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from batchrun_kernels.cpu import AttentionWork, CpuKernels, Reads
 
 from batchrun.engine.kv_cache import PageTables
 from batchrun.schedule.step import Step
@@ -86,7 +87,7 @@ class Causal:
 
 
 @dataclass(frozen=True, slots=True)
-class AttentionWork:
+class AttentionCalls:
     """The calls that make up the attention of a layer.
 
     Attributes:
@@ -188,18 +189,42 @@ class StepTensors:
         self.store_index, self.sample_index = tensors["store_index"], tensors["sample_index"]
 
 
+class CompiledBatch(StepTensors):
+    """A step on the CPU for the compiled kernels: its rows, and who reads what.
+
+    Attributes:
+        kernels: that attend.
+        attention: what they do.
+    """
+
+    def __init__(self, step: Step, tables: PageTables, kernels: CpuKernels, group_size: int, kv_heads: int) -> None:
+        super().__init__(step, tables)
+        self.kernels = kernels
+        prefixes = step.prefix_reads
+        first = np.cumsum(step.length) - step.length
+        reads = Reads(
+            sequence=np.concatenate((prefixes.sequence, step.sequence)),
+            tokens=np.concatenate((prefixes.length, step.start + step.length)),
+            position=np.concatenate((prefixes.position, step.depth)),
+            first_row=np.concatenate((prefixes.first_row, first)),
+            rows=np.concatenate((prefixes.rows, step.length)),
+        )
+        self.attention = AttentionWork(reads, self._positions, tables.pages, tables.page_size, group_size, kv_heads)
+
+
 class Batch(StepTensors):
-    """A step on the CPU: its rows, and the calls that make up its attention."""
+    """A step on the CPU where there are no compiled kernels: its rows, and the calls of torch that make up its
+    attention."""
 
     def __init__(self, step: Step, tables: PageTables, group_size: int, dtype: torch.dtype) -> None:
         super().__init__(step, tables)
         self._group_size = group_size
         self._dtype = dtype
         self._pieces = Pieces.cut(step, _PIECE_ROWS)
-        self._work: dict[int | None, AttentionWork] = {}
+        self._work: dict[int | None, AttentionCalls] = {}
         self._partials: dict[int | None, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def work(self, window: int | None) -> AttentionWork:
+    def work(self, window: int | None) -> AttentionCalls:
         """The attention calls of a layer whose rows see `window` keys at most; made once a step for each window."""
         if window not in self._work:
             self._work[window] = self._make_work(window)
@@ -213,7 +238,7 @@ class Batch(StepTensors):
             self._partials[window] = torch.zeros((*shape, head_dim)), torch.full(shape, float("-inf"))
         return self._partials[window]
 
-    def _make_work(self, window: int | None) -> AttentionWork:
+    def _make_work(self, window: int | None) -> AttentionCalls:
         pieces = self._pieces
         reads = list(self._prefix_reads(window))
         levels = int(self._step.prefix_reads.level.max(initial=-1)) + 1
@@ -236,7 +261,7 @@ class Batch(StepTensors):
             kv = self._kv_tokens(int(pieces.sequence[c]), 0, int(pieces.start[c]))
             reads.append(Read(levels + 1, int(pieces.length[c]), kv, int(pieces.first[c])))
         reads += self._short_pieces(np.flatnonzero(short), levels, window)
-        return AttentionWork(levels + 1 + bool(earlier), tuple(reads), tuple(causal))
+        return AttentionCalls(levels + 1 + bool(earlier), tuple(reads), tuple(causal))
 
     def _prefix_reads(self, window: int | None) -> Iterator[Read]:
         reads = self._step.prefix_reads

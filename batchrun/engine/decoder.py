@@ -16,13 +16,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from batchrun_kernels.cpu import CpuKernels
 from torch import nn
 from torch.nn import functional
+from transformers.activations import ACT2FN
 
 from batchrun.engine.attention import attend
-from batchrun.engine.batch import Batch
+from batchrun.engine.batch import Batch, CompiledBatch
 from batchrun.engine.kv_cache import KVCache
-from batchrun.engine.linear import Linear, is_plain, make_linear
+from batchrun.engine.linear import is_plain, make_linear
 
 # Models whose layers are known here; all of them add the same parts in the same order.
 DECODED = ("llama", "mistral", "qwen2", "qwen3")
@@ -40,20 +42,21 @@ class Decoder:
 
     Args:
         module: one that `can_decode`.
+        kernels: what computes it, if not torch.
     """
 
     @torch.no_grad()
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Any, kernels: CpuKernels | None = None) -> None:
         base = module.model
         self._embed, self._rotary = base.embed_tokens, base.rotary_emb
-        self._norm = RMSNorm(base.norm)
+        self._norm = RMSNorm(base.norm, kernels)
         self._layers = []
         for i, layer in enumerate(base.layers):
-            self._layers.append(Layer(layer, last=i == len(base.layers) - 1))
+            self._layers.append(Layer(layer, kernels, last=i == len(base.layers) - 1))
             base.layers[i] = nn.Identity()  # not twice in memory
-        self._head = linear_of(module.lm_head)
+        self._head = make_linear(module.lm_head.weight, module.lm_head.bias, kernels)
 
-    def logits(self, batch: Batch, kv_cache: KVCache) -> torch.Tensor:
+    def logits(self, batch: Batch | CompiledBatch, kv_cache: KVCache) -> torch.Tensor:
         """Run a step; the logits of the rows that sample, `[S, vocabulary]`."""
         hidden = self._embed(batch.input_ids[0])
         cos, sin = self._rotary(hidden.float(), batch.positions)
@@ -69,10 +72,11 @@ class Layer:
 
     Args:
         layer: transformers'.
+        kernels: what computes it, if not torch.
         last: whether only rows that sample are wanted of it.
     """
 
-    def __init__(self, layer: Any, *, last: bool) -> None:
+    def __init__(self, layer: Any, kernels: CpuKernels | None, *, last: bool) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self._index: int = attention.layer_idx
         self._scaling: float = attention.scaling
@@ -93,18 +97,23 @@ class Layer:
         self._qkv = make_linear(
             torch.cat([part.weight[order] for part, order in parts]),
             None if attention.q_proj.bias is None else torch.cat([part.bias[order] for part, order in parts]),
+            kernels,
         )
-        self._output = make_linear(attention.o_proj.weight[:, of_output], attention.o_proj.bias)
+        self._output = make_linear(attention.o_proj.weight[:, of_output], attention.o_proj.bias, kernels)
         self._query_norm, self._key_norm = (
-            RMSNorm(getattr(attention, name), pairs) if hasattr(attention, name) else None
+            RMSNorm(getattr(attention, name), kernels, pairs) if hasattr(attention, name) else None
             for name in ("q_norm", "k_norm")
         )
-        self._gate, self._up, self._down = map(linear_of, (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
-        self._activation = None if isinstance(mlp.act_fn, nn.SiLU) else mlp.act_fn
-        self._attention_norm = RMSNorm(layer.input_layernorm)
-        self._mlp_norm = RMSNorm(layer.post_attention_layernorm)
+        self._gate, self._up, self._down = (
+            make_linear(part.weight, part.bias, kernels) for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+        )
+        self._activation = None if isinstance(mlp.act_fn, type(ACT2FN["silu"])) else mlp.act_fn
+        self._attention_norm = RMSNorm(layer.input_layernorm, kernels)
+        self._mlp_norm = RMSNorm(layer.post_attention_layernorm, kernels)
 
-    def __call__(self, hidden: torch.Tensor, turn: torch.Tensor, batch: Batch, kv_cache: KVCache) -> torch.Tensor:
+    def __call__(
+        self, hidden: torch.Tensor, turn: torch.Tensor, batch: Batch | CompiledBatch, kv_cache: KVCache
+    ) -> torch.Tensor:
         """Args:
             hidden: `[T, H]`.
             turn: complex `[T, 1, D / 2]`, what RoPE multiplies by.
@@ -112,16 +121,10 @@ class Layer:
         Returns:
             `[T, H]`, of the last layer `[S, H]`.
         """
-        heads, kv_heads = self._heads, self._kv_heads
-        qkv = self._qkv(self._attention_norm(hidden)).view(len(hidden), heads + 2 * kv_heads, self._dim)
-        query, key = qkv[:, :heads], qkv[:, heads : heads + kv_heads]
-        if self._query_norm is not None and self._key_norm is not None:
-            query = self._query_norm(query)
-            key.copy_(self._key_norm(key))
-        query = turned(query, turn)
-        key.copy_(turned(key, turn))
-        kv = qkv[:, heads:].view(-1, 2, kv_heads, self._dim)
-        seen = attend(query, kv, batch, kv_cache.tokens[self._index], scaling=self._scaling, window=self._window)
+        pool = kv_cache.tokens[self._index]
+        qkv = self._qkv(self._attention_norm(hidden)).view(len(hidden), self._heads + 2 * self._kv_heads, self._dim)
+        attend = self._attend_compiled if isinstance(batch, CompiledBatch) else self._attend
+        seen = attend(qkv, turn, batch, pool)  # type: ignore[arg-type]
         if self._last:
             seen, hidden = seen[batch.sample_index], hidden[batch.sample_index]
             if not len(hidden):
@@ -134,23 +137,60 @@ class Layer:
             inner = self._up.times(rows, self._activation(self._gate(rows)))
         return self._down.plus(inner, hidden)
 
+    def _attend_compiled(
+        self, qkv: torch.Tensor, turn: torch.Tensor, batch: CompiledBatch, pool: torch.Tensor
+    ) -> torch.Tensor:
+        """Args:
+            qkv: `[T, Hq + 2 * Hkv, D]`.
+
+        Returns:
+            `[T, Hq * D]`.
+        """
+        norms = None
+        if self._query_norm is not None and self._key_norm is not None:
+            norms = self._query_norm.weight, self._key_norm.weight, self._key_norm.eps
+        query = batch.kernels.take_in(qkv, turn, batch.store_index, pool, norms)
+        by_place = query.view(len(qkv), -1, self._kv_heads, self._dim)
+        seen = batch.kernels.attend(by_place, pool, batch.attention, scale=self._scaling, window=self._window)
+        return seen.view(len(qkv), -1)
+
+    def _attend(self, qkv: torch.Tensor, turn: torch.Tensor, batch: Batch, pool: torch.Tensor) -> torch.Tensor:
+        """The same by torch."""
+        heads, kv_heads = self._heads, self._kv_heads
+        query, key = qkv[:, :heads], qkv[:, heads : heads + kv_heads]
+        if self._query_norm is not None and self._key_norm is not None:
+            query = self._query_norm(query)
+            key.copy_(self._key_norm(key))
+        query = turned(query, turn)
+        key.copy_(turned(key, turn))
+        kv = qkv[:, heads:].view(-1, 2, kv_heads, self._dim)
+        return attend(query, kv, batch, pool, scaling=self._scaling, window=self._window)
+
 
 class RMSNorm:
     """Rows divided by their root mean square, times a weight.
 
+    Attributes:
+        weight: `[H]`.
+        eps: added to the mean of squares.
+
     Args:
         norm: transformers'.
+        kernels: what computes it, if not torch.
         order: int64 `[H]`, of the weights, if another.
     """
 
-    def __init__(self, norm: Any, order: torch.Tensor | None = None) -> None:
+    def __init__(self, norm: Any, kernels: CpuKernels | None, order: torch.Tensor | None = None) -> None:
         weight = norm.weight.detach()
-        self._weight = weight if order is None else weight[order]
-        self._eps: float = norm.variance_epsilon
+        self.weight = (weight if order is None else weight[order]).contiguous()
+        self.eps: float = norm.variance_epsilon
+        self._kernels = kernels
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., H]`."""
-        return functional.rms_norm(x, self._weight.shape, self._weight, self._eps)
+        if self._kernels is not None:
+            return self._kernels.norm(x, self.weight, self.eps)
+        return functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 def turned(x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
@@ -161,7 +201,3 @@ def turned(x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
     """
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
-
-
-def linear_of(layer: nn.Linear) -> Linear:
-    return make_linear(layer.weight, layer.bias)

@@ -1,10 +1,12 @@
-"""Linear layers with weights packed once for oneDNN, as torch.compile's freezing does: the same products, faster."""
+"""Linear layers with weights packed once: for our own kernels where these are faster, else for oneDNN, as the freezing
+of torch.compile does. The same products, faster."""
 
 from __future__ import annotations
 
 from typing import TypeGuard
 
 import torch
+from batchrun_kernels.cpu import CpuKernels, PackedWeight
 from torch import nn
 from torch.nn import functional
 
@@ -58,9 +60,30 @@ class PackedLinear(Linear):
         return _packed_with(x, other, self._weight, self._bias, "mul")
 
 
-def make_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
+class CompiledLinear(nn.Module):
+    """A linear layer whose products are those of our own kernels."""
+
+    def __init__(self, kernels: CpuKernels, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        super().__init__()
+        self._kernels, self._weight = kernels, PackedWeight(kernels, weight, bias)
+
+    def forward(self, x: torch.Tensor, *, silu: bool = False) -> torch.Tensor:
+        return self._kernels.multiply(x, self._weight, "silu" if silu else "plain")
+
+    def plus(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return self._kernels.multiply(x, self._weight, "add", other)
+
+    def times(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return self._kernels.multiply(x, self._weight, "multiply", other)
+
+
+def make_linear(
+    weight: torch.Tensor, bias: torch.Tensor | None = None, kernels: CpuKernels | None = None
+) -> Linear | CompiledLinear:
     """A linear layer, packed where that is possible. A weight that something else uses too (a tied embedding) stays as
     it is, and the layer has a packed copy."""
+    if kernels is not None and kernels.dtype == weight.dtype and kernels.can_multiply(weight.shape[1]):
+        return CompiledLinear(kernels, weight, bias)
     return (PackedLinear if can_pack(weight.dtype) else Linear)(weight, bias)
 
 
@@ -78,10 +101,10 @@ def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     return type(module) is nn.Linear and type(module.weight.data) is torch.Tensor
 
 
-def pack_linears(module: nn.Module) -> None:
+def pack_linears(module: nn.Module, kernels: CpuKernels | None = None) -> None:
     """Swap every linear layer of a model for a packed one, where that is possible."""
     for name, child in module.named_children():
         if is_plain(child):
-            setattr(module, name, make_linear(child.weight, child.bias))
+            setattr(module, name, make_linear(child.weight, child.bias, kernels))
         else:
-            pack_linears(child)
+            pack_linears(child, kernels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from batchrun_kernels.cpu import CpuKernels, NotCompiled
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import CompressedTensorsConfig, Mxfp4Config
@@ -20,7 +22,9 @@ from batchrun.engine.linear import pack_linears
 from batchrun.errors import ModelRefused
 from batchrun.supported import check_supported
 
-Attention = Literal["cpu", "triton"]
+Attention = Literal["compiled", "torch", "triton"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +37,9 @@ class LoadedModel:
         vocab_size: logits of a row.
         dtype: of weights and KV.
         device: where they are.
-        attention: what computes it: `cpu` or `triton`.
+        attention: what computes it: on the CPU `compiled` kernels, or `torch` where these cannot be compiled; on a GPU
+            `triton`.
+        kernels: those compiled.
     """
 
     logits: Callable[[Any, KVCache], torch.Tensor]
@@ -45,6 +51,7 @@ class LoadedModel:
     dtype: torch.dtype
     device: str
     attention: Attention
+    kernels: CpuKernels | None = None
 
 
 def load_model(
@@ -62,7 +69,10 @@ def load_model(
         ModelRefused: it is not one that is run exactly, or its weights do not fit its configuration.
     """
     check_supported(config)
-    attention = attention or ("cpu" if device == "cpu" else "triton")
+    kernels = None
+    if attention != "torch" and device == "cpu" and attention != "triton":
+        kernels = _compiled(getattr(torch, dtype))
+    attention = attention or ("triton" if device != "cpu" else "torch" if kernels is None else "compiled")
     if attention == "triton":
         import batchrun.engine.triton_attention  # noqa: F401  registers itself; a run on the CPU needs no triton
     transformers_logging.disable_progress_bar()  # ours are the only ones
@@ -70,7 +80,7 @@ def load_model(
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=getattr(torch, dtype),
-            attn_implementation="batchrun" if attention == "cpu" else "batchrun_triton",
+            attn_implementation="batchrun_triton" if attention == "triton" else "batchrun",
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
@@ -99,11 +109,11 @@ def load_model(
     module.eval().to(device)
     head_dim = text.layers[0].self_attn.head_dim
     logits: Callable[[Any, KVCache], torch.Tensor]
-    if attention == "cpu" and can_decode(module):
-        logits = Decoder(module).logits
+    if attention != "triton" and can_decode(module):
+        logits = Decoder(module, kernels).logits
     else:
         if device == "cpu":
-            pack_linears(module)
+            pack_linears(module, kernels)
         logits = logits_of(module)
     return LoadedModel(
         logits=logits,
@@ -115,7 +125,17 @@ def load_model(
         dtype=module.dtype,
         device=device,
         attention=attention,
+        kernels=kernels,
     )
+
+
+def _compiled(dtype: torch.dtype) -> CpuKernels | None:
+    """The compiled kernels for a dtype, if they can be had."""
+    try:
+        return CpuKernels(dtype)
+    except NotCompiled as why:
+        _log.warning("The CPU kernels were not compiled (%s): torch computes, more slowly.", why)
+        return None
 
 
 def logits_of(module: Any) -> Callable[[Any, KVCache], torch.Tensor]:

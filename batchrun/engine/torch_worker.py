@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from batchrun.engine.batch import Batch, StepTensors
+from batchrun.engine.batch import Batch, CompiledBatch, StepTensors
 from batchrun.engine.device import Device, make_device
 from batchrun.engine.kv_cache import KVCache, PageTables
 from batchrun.engine.masks import Masks
@@ -93,7 +93,7 @@ class TorchWorker:
             device=model.device,
             by_pages=model.attention == "triton",
         )
-        self._make_batch = self._cpu_batch if model.attention == "cpu" else self._triton_batches(page_size)
+        self._make_batch = self._triton_batches(page_size) if model.attention == "triton" else self._cpu_batch
         self._sampled: torch.Tensor | None = None  # by the step before
         self._under_way: deque[_UnderWay] = deque()
 
@@ -166,8 +166,11 @@ class TorchWorker:
         return self._device.graphed(batch.graph_key, lambda: self._model.logits(batch, kv_cache))
 
     def _cpu_batch(self, step: Step) -> StepTensors:
-        group_size = self._model.num_heads // self._model.num_kv_heads
-        return Batch(step, self._tables, group_size, self._model.dtype)
+        model = self._model
+        group_size = model.num_heads // model.num_kv_heads
+        if model.kernels is not None:
+            return CompiledBatch(step, self._tables, model.kernels, group_size, model.num_kv_heads)
+        return Batch(step, self._tables, group_size, model.dtype)
 
     def _triton_batches(self, page_size: int) -> Callable[[Step], StepTensors]:
         from batchrun_kernels.attention import SharedPrefixAttention

@@ -1,0 +1,333 @@
+"""A model's layers on a CPU: products, attention and what stands between them, compiled for the processor at hand.
+
+It wants a C compiler (`CC`, else gcc or clang), as `torch.compile` does; what it makes is kept in the user's cache
+directory, where later runs find it. Threads are those of torch's own OpenMP, which is loaded with torch. What comes out
+for a row depends on the row and what it sees alone, to the bit, whatever else is in the step.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+_SOURCES = [Path(__file__).with_name(name) for name in ("numbers.h", "attention.c", "layer.c", "linear.c")]
+_FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fopenmp", "-fPIC", "-shared")
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_VECTORS = 96  # query vectors of a block at most: their results and a chunk of KV stay in the second cache
+_FEWEST_VECTORS = 12  # and at least: keys are turned once a block
+_BLOCKS_A_THREAD = 4
+
+How = Literal["plain", "silu", "add", "multiply"]
+_HOW: dict[How, int] = {"plain": 0, "silu": 1, "add": 2, "multiply": 3}
+
+Int = npt.NDArray[np.integer[Any]]
+
+
+class NotCompiled(Exception):
+    """There is no compiler, or it failed, or there is nothing for the dtype; the message says which."""
+
+
+def _structure(name: str, **fields: str) -> type[ctypes.Structure]:
+    """A C structure: names of fields by their type, in order."""
+    made = [(field, getattr(ctypes, f"c_{kind}")) for kind, names in fields.items() for field in names.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": made})
+
+
+_Work = _structure(
+    "_Work",
+    void_p="reads of_block begins pages positions",
+    int64="pages_stride",
+    int32="rows blocks block_rows page_size",
+)
+_Layer = _structure(
+    "_Layer",
+    void_p="query out pool sinks",
+    int64="row_stride place_stride head_stride",
+    int32="group kv_heads dim window",
+    float="scale softcap",
+)
+_Heads = _structure("_Heads", void_p="query key", float="eps", int32="heads kv_heads dim")
+_Linear = _structure("_Linear", void_p="weight bias", int64="inner outer")
+
+
+@dataclass(frozen=True, slots=True)
+class Reads:
+    """Which rows of a step read whose KV, in columns, int `[N]` each.
+
+    Rows `[first_row, first_row + rows)` see the first `tokens` tokens of slot `sequence`, the first of which is at
+    `position`, as far as these are not after the row itself (nor, with a window, too far before it). What a row reads is
+    summed in this order.
+    """
+
+    sequence: Int
+    tokens: Int
+    position: Int
+    first_row: Int
+    rows: Int
+
+
+class AttentionWork:
+    """What the attention of a step consists of, for all of its layers.
+
+    Args:
+        reads: which rows read what.
+        positions: int64 `[T]`, of the rows.
+        pages: int64 `[slots, *]`, the pages of each slot in order.
+        group: query heads per KV head.
+    """
+
+    def __init__(self, reads: Reads, positions: Int, pages: Int, page_size: int, group: int, kv_heads: int) -> None:
+        rows, self.threads = len(positions), torch.get_num_threads()
+        wanted = rows * kv_heads // (_BLOCKS_A_THREAD * self.threads)
+        height = max(-(-_FEWEST_VECTORS // group), min(_VECTORS // group, wanted), 1)
+        blocks = -(-rows // height)
+        # As many as can be shared out evenly.
+        blocks += next(more for more in range(self.threads) if (blocks + more) * kv_heads % self.threads == 0)
+        height = -(-rows // blocks)
+        low, high = reads.first_row // height, (reads.first_row + reads.rows - 1) // height
+        count = high - low + 1
+        entry = np.repeat(np.arange(count.size), count)
+        block = low[entry] + np.arange(entry.size) - np.repeat(np.cumsum(count) - count, count)
+        blocks = -(-rows // height)
+        columns = (reads.sequence, reads.tokens, reads.position, reads.first_row, reads.rows)
+        self._arrays = (  # held as long as they are pointed to
+            np.stack(columns, axis=1).astype(np.int32),
+            entry[np.argsort(block, kind="stable")].astype(np.int32),
+            np.concatenate(([0], np.cumsum(np.bincount(block, minlength=blocks)))).astype(np.int32),
+            np.array(pages, dtype=np.int64, order="C"),
+            np.ascontiguousarray(positions, dtype=np.int64),
+        )
+        pointers = (array.ctypes.data for array in self._arrays)
+        self.struct = _Work(*pointers, pages.shape[1], rows, blocks, height, page_size)
+
+
+class PackedWeight:
+    """A weight `[outer, inner]` in the order in which it is multiplied, and its bias `[outer]`."""
+
+    def __init__(self, kernels: CpuKernels, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        outer, inner = weight.shape
+        self.outer = outer
+        weight = weight.detach().contiguous()
+        self._packed = torch.empty(kernels.library.packed_size(inner, outer), dtype=torch.uint8)
+        kernels.library.pack(weight.data_ptr(), inner, outer, self._packed.data_ptr(), torch.get_num_threads())
+        self._bias = None
+        if bias is not None:  # as long as the weight is when its last panel is filled up
+            self._bias = torch.zeros(self._packed.numel() // (inner * weight.element_size()), dtype=torch.float32)
+            self._bias[:outer] = bias.detach()
+        self.struct = _Linear(self._packed.data_ptr(), _pointer(self._bias), inner, outer)
+        self.address = ctypes.addressof(self.struct)
+
+
+class CpuKernels:
+    """The kernels for a dtype.
+
+    Raises:
+        NotCompiled: there are none.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        if dtype not in _DTYPES:
+            raise NotCompiled(f"there are no compiled kernels for {dtype}")
+        self.dtype = dtype
+        self.library = _library(_DTYPES[dtype])
+
+    def can_multiply(self, inner: int) -> bool:
+        """Whether products of rows of so many numbers are faster here than oneDNN's."""
+        return bool(self.library.can_multiply()) and inner % 2 == 0
+
+    def multiply(
+        self, x: torch.Tensor, weight: PackedWeight, how: How = "plain", other: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Rows `[*, inner]` times a weight: `[*, outer]`, or SiLU of it, or with so many others added or multiplied."""
+        x = x.contiguous()
+        out = x.new_empty(*x.shape[:-1], weight.outer)
+        other = None if other is None else other.contiguous()
+        self.library.multiply(
+            weight.address,
+            x.data_ptr(),
+            x.numel() // x.shape[-1],
+            _pointer(other),
+            out.data_ptr(),
+            _HOW[how],
+            torch.get_num_threads(),
+        )
+        return out
+
+    def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """Rows `[*, n]` divided by their root mean square, times a weight `[n]`."""
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        self.library.norm(
+            x.data_ptr(),
+            weight.data_ptr(),
+            x.numel() // x.shape[-1],
+            x.shape[-1],
+            eps,
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return out
+
+    def take_in(
+        self,
+        qkv: torch.Tensor,
+        turn: torch.Tensor,
+        places: torch.Tensor,
+        pool: torch.Tensor,
+        norms: tuple[torch.Tensor, torch.Tensor, float] | None = None,
+    ) -> torch.Tensor:
+        """Normalise and turn queries and keys of new rows, and store keys and values.
+
+        Args:
+            qkv: `[T, Hq + 2 * Hkv, D]`, contiguous; what becomes of it is undefined.
+            turn: complex `[T, D / 2]`, what pairs of neighbouring numbers are multiplied by (RoPE).
+            places: int64 `[T]`, where in the pool rows go.
+            pool: `[places, 2, Hkv, D]`, contiguous.
+            norms: weights `[D]` of the norms of each query and each key head, and their epsilon, where there are any.
+
+        Returns:
+            `[T, Hq, D]`.
+        """
+        rows, every, dim = qkv.shape
+        kv_heads = pool.shape[2]
+        query = qkv.new_empty(rows, every - 2 * kv_heads, dim)
+        of_query, of_key, eps = norms or (None, None, 0.0)
+        heads = _Heads(_pointer(of_query), _pointer(of_key), eps, query.shape[1], kv_heads, dim)
+        self.library.take_in(
+            ctypes.addressof(heads),
+            qkv.data_ptr(),
+            turn.data_ptr(),
+            places.data_ptr(),
+            rows,
+            query.data_ptr(),
+            pool.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return query
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        pool: torch.Tensor,
+        work: AttentionWork,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The attention of a layer; KV of the step's own rows is in the pool already.
+
+        Args:
+            query: `[T, G, Hkv, D]`, contiguous.
+            pool: `[places, 2, Hkv, D]`, contiguous.
+            window: keys that a row sees at most, itself included.
+            softcap: scores s become `softcap * tanh(s / softcap)`.
+            sinks: float32 `[G, Hkv]`, contiguous: for each query head the score of one more key, whose value is 0.
+
+        Returns:
+            `[T, G, Hkv, D]`.
+        """
+        _, group, kv_heads, dim = query.shape
+        out = torch.empty_like(query)
+        layer = _Layer(
+            query.data_ptr(),
+            out.data_ptr(),
+            pool.data_ptr(),
+            _pointer(sinks),
+            group * kv_heads * dim,
+            kv_heads * dim,
+            dim,
+            group,
+            kv_heads,
+            dim,
+            window or 0,
+            scale,
+            softcap or 0.0,
+        )
+        self.library.attend(ctypes.addressof(work.struct), ctypes.addressof(layer), work.threads)
+        return out
+
+
+def _pointer(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+@cache
+def _library(bfloat16: int) -> ctypes.CDLL:
+    found = next(filter(None, map(shutil.which, ("gcc", "clang", "cc"))), None)
+    compiler = shlex.split(os.environ.get("CC", "")) or ([found] if found else [])
+    if not compiler:
+        raise NotCompiled("there is no C compiler: install gcc or clang, or set CC")
+    command = [*compiler, *_FLAGS, f"-DBFLOAT16={bfloat16}"]
+    file = _cache_directory() / f"cpu-{_fingerprint(command)}.so"
+    if not file.exists():
+        _compile(command, file)
+    library = ctypes.CDLL(str(file))
+    pointer, int32, int64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+    arguments: dict[str, tuple[list[Any], Any]] = {
+        "attend": ([pointer, pointer, int32], None),
+        "can_multiply": ([], int32),
+        "packed_size": ([int64, int64], int64),
+        "pack": ([pointer, int64, int64, pointer, int32], None),
+        "multiply": ([pointer, pointer, int64, pointer, pointer, int32, int32], None),
+        "norm": ([pointer, pointer, int64, int64, ctypes.c_float, pointer, int32], None),
+        "take_in": ([pointer, pointer, pointer, pointer, int64, pointer, pointer, int32], None),
+    }
+    for name, (types, result) in arguments.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = types, result
+    return library
+
+
+def _compile(command: list[str], file: Path) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=file.parent) as folder:  # others may be compiling too
+            made = Path(folder) / file.name
+            sources = [str(source) for source in _SOURCES if source.suffix == ".c"]
+            made_by = [*command, *sources, "-o", str(made), "-lm"]
+            done = subprocess.run(made_by, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise NotCompiled(f"{command[0]} failed: {done.stderr.strip()[-500:]}")
+            made.replace(file)
+    except OSError as error:
+        raise NotCompiled(str(error)) from error
+
+
+def _fingerprint(command: list[str]) -> str:
+    """Of all that the compiled file depends on; home directories are shared by unlike machines."""
+    try:
+        version = subprocess.run([command[0], "--version"], capture_output=True, text=True, check=False).stdout
+    except OSError as error:
+        raise NotCompiled(str(error)) from error
+    sources = [source.read_text() for source in _SOURCES]
+    parts = (version, *command, platform.machine(), _processor(), *sources)
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _processor() -> str:
+    """What the processor can do."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        return platform.processor()
+    return "\n".join(line for line in lines if line.startswith(("flags", "Features", "model")))
+
+
+def _cache_directory() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "batchrun"
