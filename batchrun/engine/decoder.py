@@ -130,8 +130,13 @@ class Layer:
         head_norms = None
         if self._query_norm is not None and self._key_norm is not None:
             head_norms = self._query_norm.weight, self._key_norm.weight, self._key_norm.eps
+        qkv, output, gate, up, down = packed
         return LayerWeights(
-            *packed,
+            qkv=qkv,
+            output=output,
+            gate=gate,
+            up=up,
+            down=down,
             attention_norm=(self._attention_norm.weight, self._attention_norm.eps),
             mlp_norm=(self._mlp_norm.weight, self._mlp_norm.eps),
             head_norms=head_norms,
