@@ -167,8 +167,8 @@ def _depth_first(made: _Made, order: Int32, ends_at: Int32, prompt_logical: int)
 def _by_next_token(
     ids: Int32, offsets: Int64, lengths: Int32, order: Int32, low: Int32, size: Int32, depth: Int32
 ) -> tuple[Int32, Int64]:
-    """Sort the requests in some ranges of `order` by range and next token; returns them, range by range, and their keys:
-    the range, and in the low 32 bits the token's id + 1, or 0 where the request ends.
+    """Sort the requests in some ranges of `order` by range and next token; returns them, one range after another, and
+    their keys: the range, and in the low 32 bits the token's id + 1, or 0 where the request ends.
 
     A function of its own, so that what it takes to sort is let go before runs are compared.
     """

@@ -153,7 +153,7 @@ def test_tree_takes_the_least_time_of_all_choices(
 ) -> None:
     trie, new = Trie(prompts), new[: len(prompts)]
     costs = GroupCosts(row, merge * row, kv_token * row, read * row)
-    shared = SharedNodes.of(trie.forest, np.array(trie.prompts, np.int64))
+    shared = SharedNodes.of(trie.forest, np.array(trie.prompts, np.int32))
     choice = GROUPINGS["tree"](shared, np.array(new, np.int32), costs)
     taken = trie.seconds(set(compress(trie.shared, choice.kept)), new, costs)
     least = min(trie.seconds(kept, new, costs) for kept in trie.choices())
