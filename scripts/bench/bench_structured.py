@@ -45,7 +45,7 @@ def make_tokenizer(folder: Path, size: int = 16384) -> Path:
     """Write tokenizer.json; 0 is padding, `END` ends a text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    files = [path for suffix in ("py", "md", "json*") for path in sorted(ROOT.glob(f"*/**/*.{suffix}"))]
+    files = [path for suffix in ("py", "md", "json", "jsonl") for path in sorted(ROOT.glob(f"*/**/*.{suffix}"))]
     texts = [path.read_text(encoding="utf-8") for path in files if path.is_file() and ".venv" not in path.parts]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
