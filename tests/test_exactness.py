@@ -212,10 +212,9 @@ def test_memory_that_is_just_enough(model_dir: ModelFactory, run: Runner, archit
     options: dict[str, Any] = {"schedule_order": order, "scheduler": {"page_size": 1, "expected_tokens": 1}}
     answers, report = run(model, map(completion, MIXED), kv_memory=bytes_for(model, tokens), **options)
     assert answers == expected(model, MIXED)
-    assert report.preemptions > 0
     assert tokens - NEW_TOKENS <= report.kv.peak_pages <= tokens
-    if order in ("input", "shuffle"):
-        assert report.prefix_evictions > 0
+    # Where readers of a prefix are far apart it goes first; whether a request is put off too, its answers decide.
+    assert (report.prefix_evictions if order in ("input", "shuffle") else report.preemptions) > 0
 
 
 def test_memory_that_is_one_token_short_refuses_that_request_only(model_dir: ModelFactory, run: Runner) -> None:
