@@ -29,17 +29,30 @@ def power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-# By architecture: the widest head (padded to a power of two) that a choice is for, in bytes of a KV row.
-TILES: dict[str, dict[int, Tile]] = {
-    "sm_80": {128: Tile(16, 64, 4, 3, 2), 256: Tile(16, 64, 8, 3, 1), 512: Tile(16, 32, 8, 2, 1)},
-    "sm_90": {128: Tile(16, 128, 8, 3, 1), 256: Tile(16, 128, 8, 2, 1), 512: Tile(16, 32, 8, 2, 1)},
-    "sm_100": {128: Tile(16, 128, 8, 3, 1), 256: Tile(16, 64, 8, 3, 1), 512: Tile(16, 32, 8, 2, 1)},
-    "gfx942": {128: Tile(16, 64, 4, 2, 1), 256: Tile(16, 64, 4, 2, 1), 512: Tile(16, 32, 4, 1, 1)},
+# By architecture and bytes of a number: the widest head (padded to a power of two) that a choice is for.
+TILES: dict[str, dict[int, dict[int, Tile]]] = {
+    "sm_80": {
+        2: {64: Tile(16, 64, 4, 3, 2), 128: Tile(16, 64, 8, 3, 1), 256: Tile(16, 32, 8, 2, 1)},
+        4: {64: Tile(16, 32, 8, 2, 1), 128: Tile(16, 16, 8, 1, 1), 256: Tile(16, 16, 8, 1, 1)},
+    },
+    "sm_90": {
+        2: {64: Tile(16, 128, 8, 3, 1), 128: Tile(16, 128, 8, 2, 1), 256: Tile(16, 32, 8, 2, 1)},
+        4: {64: Tile(16, 32, 8, 2, 1), 128: Tile(16, 16, 8, 2, 1), 256: Tile(16, 16, 8, 1, 1)},
+    },
+    "sm_100": {
+        2: {64: Tile(16, 128, 8, 3, 1), 128: Tile(16, 64, 8, 3, 1), 256: Tile(16, 32, 8, 2, 1)},
+        4: {64: Tile(16, 16, 8, 2, 1), 128: Tile(16, 16, 8, 2, 1), 256: Tile(16, 16, 8, 1, 1)},
+    },
+    "gfx942": {
+        2: {64: Tile(16, 64, 4, 2, 1), 128: Tile(16, 64, 4, 2, 1), 256: Tile(16, 32, 4, 1, 1)},
+        4: {64: Tile(16, 64, 4, 1, 2), 128: Tile(16, 32, 4, 1, 1), 256: Tile(16, 16, 4, 1, 1)},
+    },
 }
 
 
-def choose_tile(arch: str, row_bytes: int, group: int) -> Tile:
-    """The tile for a head of `row_bytes` (padded to a power of two) and `group` query heads per KV head.
+def choose_tile(arch: str, itemsize: int, width: int, group: int) -> Tile:
+    """The tile for a head of `width` numbers (padded to a power of two) of `itemsize` bytes and `group` query heads per
+    KV head.
 
     Raises:
         ValueError: an architecture that has no entry.
@@ -51,9 +64,8 @@ def choose_tile(arch: str, row_bytes: int, group: int) -> Tile:
         if not family:
             raise ValueError(f"No tiles for {arch}; there are some for {', '.join(TILES)}.")
         arch = max(family, key=lambda name: int(name[3:]))
-    choices = TILES[arch]
-    width = min((width for width in choices if width >= row_bytes), default=max(choices))
-    tile = choices[width]
+    choices = TILES[arch][itemsize]
+    tile = choices[min(widest for widest in choices if widest >= width)]
     height = power_of_two(group)
     return replace(tile, short=max(tile.short, height), tall=max(tile.tall, height))
 
@@ -63,6 +75,12 @@ def compile_options(arch: str, warps: int) -> dict[str, Any]:
     options = {"num_warps": warps, "enable_fp_fusion": True}
     # All registers that a thread can have: on its own, ptxas spills some so that more programs fit.
     return options | {"maxnreg": 255} if arch.startswith("sm_") else options
+
+
+def dot_precision(arch: str, itemsize: int) -> str:
+    """How products of float32 are computed, as triton names it. NVIDIA's matrix units take them as three products of
+    rounded numbers, exact to some 22 of 24 bits; without these units a thread would hold whole rows of Q and K."""
+    return "tf32x3" if itemsize == 4 and arch.startswith("sm_") else "ieee"
 
 
 def has_tma(arch: str) -> bool:

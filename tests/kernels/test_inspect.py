@@ -77,4 +77,4 @@ def test_programs_of_a_tile_are_those_that_fit() -> None:
     from batchrun_kernels.tiles import choose_tile
 
     [plain, _] = attention(inspect("--arch", "sm_90", "--head-dim", "128"))
-    assert plain["programs"] == choose_tile("sm_90", 256, 4).programs
+    assert plain["programs"] == choose_tile("sm_90", 2, 128, 4).programs
