@@ -140,7 +140,7 @@ def logits_of(module: Any) -> Callable[[Any, KVCache], torch.Tensor]:
     return logits
 
 
-def settle_rope(module: torch.nn.Module) -> None:
+def settle_rope(module: Any) -> None:
     """Have RoPE of the types that turn a sequence by its length turn all alike, as they do up to the longest that is
     run: to look for the longest of a step, transformers waits for the device, which no graph can hold."""
     for part in module.modules():

@@ -43,6 +43,11 @@ TILES: dict[str, dict[int, dict[int, Tile]]] = {
         2: {64: Tile(16, 128, 8, 3, 1), 128: Tile(16, 64, 8, 3, 1), 256: Tile(16, 32, 8, 2, 1)},
         4: {64: Tile(16, 16, 8, 2, 1), 128: Tile(16, 16, 8, 2, 1), 256: Tile(16, 16, 8, 1, 1)},
     },
+    # 99 KiB of shared memory a block, where sm_100 has 227: no float32 heads wider than 128.
+    "sm_120": {
+        2: {64: Tile(16, 64, 4, 3, 2), 128: Tile(16, 64, 8, 2, 1), 256: Tile(16, 32, 8, 1, 1)},
+        4: {64: Tile(16, 16, 8, 2, 1), 128: Tile(16, 16, 8, 1, 1)},
+    },
     "gfx942": {
         2: {64: Tile(16, 64, 4, 2, 1), 128: Tile(16, 64, 4, 2, 1), 256: Tile(16, 32, 4, 1, 1)},
         4: {64: Tile(16, 64, 4, 1, 2), 128: Tile(16, 32, 4, 1, 1), 256: Tile(16, 16, 4, 1, 1)},
@@ -55,7 +60,7 @@ def choose_tile(arch: str, itemsize: int, width: int, group: int) -> Tile:
     KV head.
 
     Raises:
-        ValueError: an architecture that has no entry.
+        ValueError: an architecture that has no entry, or none for heads so wide.
     """
     if arch not in TILES:
         # A later one of the same family runs what was chosen for an earlier one.
@@ -64,8 +69,9 @@ def choose_tile(arch: str, itemsize: int, width: int, group: int) -> Tile:
         if not family:
             raise ValueError(f"No tiles for {arch}; there are some for {', '.join(TILES)}.")
         arch = max(family, key=lambda name: int(name[3:]))
-    choices = TILES[arch][itemsize]
-    tile = choices[min(widest for widest in choices if widest >= width)]
+    tile = next((tile for widest, tile in sorted(TILES[arch][itemsize].items()) if widest >= width), None)
+    if tile is None:
+        raise ValueError(f"A block of {arch} has not enough shared memory for heads of {width} x {itemsize} bytes.")
     height = power_of_two(group)
     return replace(tile, short=max(tile.short, height), tall=max(tile.tall, height))
 
@@ -78,8 +84,9 @@ def compile_options(arch: str, warps: int) -> dict[str, Any]:
 
 
 def dot_precision(arch: str, itemsize: int) -> str:
-    """How products of float32 are computed, as triton names it. NVIDIA's matrix units take them as three products of
-    rounded numbers, exact to some 22 of 24 bits; without these units a thread would hold whole rows of Q and K."""
+    """How products of float32 are computed, as triton names it. NVIDIA's matrix units compute them as three products of
+    numbers of 11 bits, which err less than a sum in float32 does; without these units a thread would hold whole rows of
+    Q and K, more than it has registers for."""
     return "tf32x3" if itemsize == 4 and arch.startswith("sm_") else "ieee"
 
 
