@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from factories import ARCHITECTURES, QUANTISED, make_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, Mxfp4Config
+from factories import ARCHITECTURES, QUANTISED, load_reference, make_model
+from transformers import AutoTokenizer, Mxfp4Config
 
 import batchrun
 from batchrun.engine.sampler import uniform
@@ -113,8 +113,7 @@ def reference(model: Path) -> tuple[Any, Any]:
     options = (
         {"quantization_config": Mxfp4Config(dequantize=True)} if quantization.get("quant_method") == "mxfp4" else {}
     )
-    module = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **options)
-    return module, AutoTokenizer.from_pretrained(model)
+    return load_reference(model, **options), AutoTokenizer.from_pretrained(model)
 
 
 @cache
