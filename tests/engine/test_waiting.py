@@ -74,7 +74,7 @@ def meta_model(architecture: str) -> LoadedModel:
         vocab_size=text.vocab_size,
         dtype=torch.bfloat16,
         device="meta",
-        attention="cpu",
+        attention="torch",
     )
 
 
