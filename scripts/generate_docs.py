@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from batchrun import bench, check, config, diff, review, status
 from batchrun.cli import app
 from batchrun.errors import ExitCode
-from batchrun.formats import job, plan, results, rundir, watch
+from batchrun.formats import job, plan, results, rundir, source, watch
 from batchrun.planning.order import ORDERS
 from batchrun.prefix.groups import GROUPINGS
 from batchrun.report import limit, records
@@ -227,6 +227,7 @@ runs; with `--strict` nothing runs (exit code 4).
 
 CODES = {
     "invalid_json_line": "not a JSON object, not UTF-8, or longer than {limit} MiB",
+    "invalid_row": "a row of a table has no prompt, or the template refuses it",
     "invalid_request": "a field is missing or has a wrong value, or the chat template refuses the messages",
     "duplicate_custom_id": "an earlier line has this `custom_id`; the earlier one runs",
     "unsupported_url": "another endpoint",
@@ -249,7 +250,8 @@ RUN_DIRECTORY = """## Run directory
 | `steps.jsonl` | one line for each step, unless `output.steps_log` is false |
 | `report.json`, `report.html` | what happened, for programs and for people |
 | `run.log` | the log |
-| `job.jsonl` | the job itself, where it came from standard input |
+| `job.jsonl` | the job itself, where it came from standard input, a URL, a table or several files |
+| `columns.parquet` | the columns of a table, where `--results` wants them beside the answers |
 | `lock` | held while a process writes here; the lock of a dead process is no lock |
 
 Every JSON document of ours begins with `schema_version` ({version}). Documents are written beside their place and then
@@ -336,7 +338,7 @@ def _formats() -> str:
         _table(("code", "the line"), codes),
         RUN_DIRECTORY.format(version=rundir.SCHEMA_VERSION),
         *_examples(),
-        *_document("run.json", rundir.RunFile, records.RequestCounts, rundir.Retry),
+        *_document("run.json", rundir.RunFile, records.RequestCounts, rundir.Retry, source.Source, source.Shard),
         *_document(
             "plan.json",
             plan.PlanFile,
