@@ -443,7 +443,9 @@ class Run:
         recovered = self.run_dir.recover()
         self.error_codes.update(recovered.error_codes)
         self.run_dir.start(self._counts(recovered), model=self.subject.name, environment=self.subject.environment)
-        names = (printable(str(name), limit=4096) for name in (self.source.path, self.subject.name))
+        came_from = self.source.came_from
+        place = self.source.path if came_from is None else came_from.location
+        names = (printable(str(name), limit=4096) for name in (place, self.subject.name))
         log.info("run of %s with %s: %s lines", *names, self.total)
         sink = ResultSink(
             self.run_dir.path,

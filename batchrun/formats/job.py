@@ -55,7 +55,7 @@ class JobSource:
     came_from: Source | None = None  # the files that its lines were put together from
     _fingerprint: str | None = field(default=None, init=False, repr=False)
     _repeated: dict[int, int] | None = field(default=None, init=False, repr=False)  # of `read_job`
-    _place: Callable[[int], str] | None = field(default=None, init=False, repr=False)
+    _where: Callable[[int], str] | None = field(default=None, init=False, repr=False)
 
     def lines(self) -> Iterator[tuple[int, bytes]]:
         r"""Yield (1-based line number, line without its `\n`), blank lines too, in bounded memory.
@@ -117,8 +117,14 @@ class JobSource:
         """Faults of lines of this job, each with the place that its line had in a job of several files."""
         if self.came_from is None or len(self.came_from.files) < 2:
             return faults
-        place = self._place = self._place or self.came_from.places()
-        return [replace(fault, message=f"{fault.message} ({place(fault.number)})") for fault in faults]
+        return [replace(fault, message=f"{fault.message} ({self.where(fault.number)})") for fault in faults]
+
+    def where(self, number: int) -> str:
+        """What a line of this job is called: `line 17`, or in a job of several files `line 17 of part-2.jsonl`."""
+        if self._where is None:
+            several = self.came_from is not None and len(self.came_from.files) > 1
+            self._where = self.came_from.places() if self.came_from is not None and several else "line {}".format
+        return self._where(number)
 
     def default_out(self) -> Path:
         """The run directory beside the job: `jobs.run` for `jobs.jsonl`, `jobs.jsonl.gz` and `jobs.jsonl.zst`."""
@@ -263,7 +269,7 @@ def read_job(source: JobSource) -> Iterator[JobLine | LineFault]:
     for number, line in source.lines():
         line = line.removeprefix(_BOM)
         if line and not line.isspace():
-            item = _read_line(number, line, first_line)
+            item = _read_line(number, line, first_line, source.where)
             yield source.located([item])[0] if isinstance(item, LineFault) else item
     if known is None:
         source._repeated = repeated
@@ -342,7 +348,9 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _read_line(number: int, line: bytes, first_line: Callable[[str, int], int]) -> JobLine | LineFault:
+def _read_line(
+    number: int, line: bytes, first_line: Callable[[str, int], int], where: Callable[[int], str]
+) -> JobLine | LineFault:
     custom_id = f"line-{number}"
     prefix = ""
     try:
@@ -350,7 +358,7 @@ def _read_line(number: int, line: bytes, first_line: Callable[[str, int], int]) 
         is_openai = "body" in row or "url" in row or "method" in row
         custom_id = _custom_id(row, is_openai) or custom_id
         if (first := first_line(custom_id, number)) != number:
-            message = f"custom_id {_shown(custom_id)} was taken by line {first}; that one stands, rename this one"
+            message = f"custom_id {_shown(custom_id)} was taken by {where(first)}; that one stands, rename this one"
             raise _Fault("duplicate_custom_id", "custom_id", message)
         if type(own := row.get("batchrun")) is dict and type(reason := own.get("fault")) is str:
             raise _Fault("invalid_row", None, reason)

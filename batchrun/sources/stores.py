@@ -141,8 +141,11 @@ def _is_shard(info: dict[str, Any]) -> bool:
 
 
 def _file(store: Any, path: str, info: dict[str, Any], above: str) -> File:
-    name = PurePosixPath(path.partition("?")[0] if _protocol(store) in _WEB else path)
-    name = PurePosixPath(name.name) if _protocol(store) in _WEB else name.relative_to(above)
+    plain, query = path, "?" in path and not isinstance(store, _local())
+    if query:  # a version or a signature, as in https://host/jobs.jsonl?key=value
+        plain = path.partition("?")[0]
+    name = PurePosixPath(plain)
+    name = PurePosixPath(name.name) if query or _protocol(store) in _WEB else name.relative_to(above)
     return File(store, path, str(name), info.get("size"), _version(store, path, info))
 
 
@@ -161,7 +164,11 @@ def open_store(location: str) -> tuple[Any, str]:
     """The store of a location, and the path in it. Raises as fsspec does, within `reading` or `writing`."""
     from fsspec.core import url_to_fs
 
-    store, path = url_to_fs(location if is_url(location) else str(Path(location).absolute()))
+    if not is_url(location):
+        location = str(Path(location).absolute())
+    # A signature is checked as it was given: nothing in such a URL is to be encoded again.
+    as_given = location.partition("://")[0] in _WEB and "%" in location
+    store, path = url_to_fs(location, **({"encoded": True} if as_given else {}))
     return store, path
 
 
