@@ -321,7 +321,7 @@ def run_job(
     began = time.perf_counter()
     subject = Subject.resolve(config, weights=True)
     if config.output.results is not None:
-        check_writable(config.output.results)
+        check_writable(config.output.results, job)
     with ExitStack() as stack:
         opened, out = open_to_run(job, config, stack, tell=observer.stage, stop=observer.should_stop)
         source = opened.job

@@ -275,12 +275,16 @@ def put(file: Path, location: str) -> None:
             raise
 
 
-def check_writable(location: str) -> None:
+def check_writable(location: str, job: str) -> None:
     """See, before anything is computed, that a place for answers can be written as far as that can be known.
 
     Raises:
-        UsageError: its library is missing, it is a directory, or its store takes no files.
+        UsageError: its library is missing, it is a directory or in that of the job, or its store takes no files.
     """
+    of_job, there = (name if is_url(name) else os.path.realpath(name) for name in (job, location))
+    if there == of_job or there.rpartition("/")[0] == of_job.rstrip("/"):
+        where = "is the job itself" if there == of_job else "lies in the directory that is the job"
+        raise UsageError(f"--results: {location} {where}.", hint="Name another place.")
     if location.lower().endswith(".parquet"):
         needs_pyarrow(location)
     if not is_url(location):
