@@ -216,7 +216,7 @@ def run(
         if outcome.already_done and not quiet and not json:
             where = printable(str(outcome.run_dir), limit=4096)
             _console().print(f"This run is finished already; {where} has its results.", soft_wrap=True)
-        _end(outcome, quiet, json)
+        _end(outcome, quiet, json, settings.output.results)
 
 
 @app.command()
@@ -602,7 +602,7 @@ def bench(
             print_bench(_console(), measured)
 
 
-def _end(outcome: Outcome, quiet: bool, json: bool) -> NoReturn:
+def _end(outcome: Outcome, quiet: bool, json: bool, results: str | None = None) -> NoReturn:
     """Show what a run came to, and exit with its code."""
     from batchrun.formats.results import encode_json
     from batchrun.formats.rundir import document
@@ -611,7 +611,7 @@ def _end(outcome: Outcome, quiet: bool, json: bool) -> NoReturn:
     if json:
         _write(encode_json(document(outcome.report), indent=True))
     elif not quiet:
-        print_summary(_console(), outcome.report, outcome.run_dir)
+        print_summary(_console(), outcome.report, outcome.run_dir, results)
     if outcome.exit_code is ExitCode.STOPPED and not quiet:
         _console(stderr=True).print("Stopped early. The same command again goes on.", soft_wrap=True)
     sys.exit(outcome.exit_code)

@@ -348,6 +348,12 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def _readable(reason: str) -> str:
+    """What is wrong with a row, which may have words of the row: less than 400 characters, nothing unprintable."""
+    reason = reason[:390]
+    return reason if reason.isprintable() else ascii(reason)[1:391]
+
+
 def _read_line(
     number: int, line: bytes, first_line: Callable[[str, int], int], where: Callable[[int], str]
 ) -> JobLine | LineFault:
@@ -361,7 +367,7 @@ def _read_line(
             message = f"custom_id {_shown(custom_id)} was taken by {where(first)}; that one stands, rename this one"
             raise _Fault("duplicate_custom_id", "custom_id", message)
         if type(own := row.get("batchrun")) is dict and type(reason := own.get("fault")) is str:
-            raise _Fault("invalid_row", None, reason)
+            raise _Fault("invalid_row", None, _readable(reason))
         unknown: list[str] = []
         if is_openai:
             endpoint, body = _openai_form(row, unknown)

@@ -222,8 +222,9 @@ def writing(location: str) -> Iterator[None]:
 
 
 def _words(error: Exception) -> str:
-    told = getattr(error, "strerror", None) or str(error)
-    return redact(f"{type(error).__name__}: {told}" if told else type(error).__name__)
+    told = redact(" ".join(str(getattr(error, "strerror", None) or error).split())[:500])
+    told = told if told.isprintable() else ascii(told)[1:-1]
+    return f"{type(error).__name__}: {told}" if told else type(error).__name__
 
 
 def _missing(location: str, error: ImportError) -> tuple[str, str]:
