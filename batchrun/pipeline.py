@@ -182,7 +182,7 @@ def run(job: str | Path, *, model: str, out: str | Path | None = None, **options
     """Run every request of a job and return the report.
 
     Args:
-        job: path of a `.jsonl`, `.jsonl.gz` or `.jsonl.zst` file.
+        job: a file, directory, pattern or URL, as `batchrun run` takes it.
         model: a model directory, a short name, or a hub id.
         out: run directory; `jobs.run` beside `jobs.jsonl` if None.
         options: fields of `RunConfig` by name, and `config_file`.
@@ -203,7 +203,7 @@ def plan(job: str | Path, *, model: str, **options: Any) -> PlanFile:
     """Plan a job without running it: no weights are read and no torch is loaded.
 
     Args:
-        job: path of a `.jsonl`, `.jsonl.gz` or `.jsonl.zst` file.
+        job: a file, directory, pattern or URL, as `batchrun plan` takes it.
         model: a model directory, a short name, or a hub id.
         options: fields of `RunConfig` by name, and `config_file`.
 

@@ -148,6 +148,8 @@ FORMATS = """# Files
 
 ## Job
 
+Tables, URLs and directories are made into such a file first ([sources.md](sources.md)).
+
 A job is a JSON Lines file, plain or compressed (`.jsonl`, `.jsonl.gz`, `.jsonl.zst`), in UTF-8. Blank lines are skipped
 and still counted, so that line numbers are those of an editor. A line has OpenAI's batch form
 
@@ -170,6 +172,8 @@ A line without an id is `line-<number>`. `url` is {endpoints}, line by line; in 
 - `prompt`: a text, a list of texts, a list of token ids, or a list of such lists. A line with several prompts gives one
   result line with as many choices. Token ids are taken as they are.
 - A field that is `null` is as good as absent.
+- `batchrun`: `expected_tokens` is a guess of the answer's length, for the plan alone; `fault` is why a row of a table
+  could not be made into this line, which is an error then.
 - `model` is informative: the model is the one given with `--model`; another name is a warning in the report.
 
 ### Fields that say how to answer
