@@ -266,10 +266,11 @@ def read_job(source: JobSource) -> Iterator[JobLine | LineFault]:
             repeated[number] = first
         return first
 
+    where = source.where
     for number, line in source.lines():
         line = line.removeprefix(_BOM)
         if line and not line.isspace():
-            item = _read_line(number, line, first_line, source.where)
+            item = _read_line(number, line, first_line, where)
             yield source.located([item])[0] if isinstance(item, LineFault) else item
     if known is None:
         source._repeated = repeated

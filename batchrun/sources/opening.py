@@ -282,16 +282,14 @@ class _Bringing:
         if self.fault is not None:
             raise self.fault
         path = folder / KEPT_JOB
-        with ExitStack() as stack:
-            with output_errors(path):
+        with output_errors(path):  # what goes wrong with the files that are read is a `UsageError` already
+            with ExitStack() as stack:
                 target = stack.enter_context(path.open("wb"))
-            bring = self._bring_lines if self.source.kind == "jsonl" else _Table(self, folder, stack).bring
-            counts = [bring(each, target, stop) for each in self.files]
-            with output_errors(path):
-                target.flush()
-        for written in folder.iterdir():
-            with output_errors(written), written.open("rb") as file:
-                os.fsync(file.fileno())
+                bring = self._bring_lines if self.source.kind == "jsonl" else _Table(self, folder, stack).bring
+                counts = [bring(each, target, stop) for each in self.files]
+            for written in folder.iterdir():
+                with written.open("rb") as file:
+                    os.fsync(file.fileno())
         before = self.source
         self._look()
         if changed := next(before.differences(self.source), None):
@@ -307,13 +305,13 @@ class _Bringing:
         lines, last = 0, b"\n"
         for block in file.blocks():
             _go_on(stop)
-            _write(target, block)
+            target.write(block)
             lines += block.count(b"\n")
             last = block[-1:]
         if last != b"\n":
             lines += 1
             if file is not self.files[-1]:
-                _write(target, b"\n")
+                target.write(b"\n")
         return lines
 
 
@@ -326,8 +324,7 @@ class _Table:
         if bringing.joins:
             parquet = needs_pyarrow(bringing.source.location)
             self._schema = _one_schema(bringing.files)
-            with output_errors(folder / COLUMNS):
-                self._columns = stack.enter_context(parquet.ParquetWriter(folder / COLUMNS, self._schema))
+            self._columns = stack.enter_context(parquet.ParquetWriter(folder / COLUMNS, self._schema))
 
     def bring(self, file: File, target: BinaryIO, stop: Callable[[], bool]) -> int:
         """Append the rows of a table; returns how many it has."""
@@ -335,11 +332,10 @@ class _Table:
         count = 0
         for chunk in chunks(file, lines.needed, columns=self._schema if self._columns is not None else None):
             _go_on(stop)
-            _write(target, b"".join(map(lines.line, chunk.rows)))
+            target.write(b"".join(map(lines.line, chunk.rows)))
             count += len(chunk.rows)
             if self._columns is not None:
-                with output_errors(Path(target.name).with_name(COLUMNS)):
-                    self._columns.write_table(chunk.columns)
+                self._columns.write_table(chunk.columns)
         return count
 
 
@@ -359,12 +355,8 @@ def _one_schema(files: list[File]) -> Any:
     try:
         return pyarrow.unify_schemas(plain, promote_options="permissive")
     except pyarrow.ArrowException as error:
-        raise UsageError(f"The tables have columns of one name and different types: {error}.") from None
-
-
-def _write(target: BinaryIO, data: bytes) -> None:
-    with output_errors(Path(target.name)):
-        target.write(data)
+        words = " ".join(str(error).split())
+        raise UsageError(f"The tables have columns of one name and different types: {words}.") from None
 
 
 def _go_on(stop: Callable[[], bool]) -> None:

@@ -100,15 +100,31 @@ def _write_table(run_dir: Path, lines: _Lines, file: BinaryIO, target: str) -> N
     with ExitStack() as stack:
         joined, there = None, pyarrow.schema([])
         if (run_dir / COLUMNS).is_file():
-            joined = stack.enter_context(parquet.ParquetFile(run_dir / COLUMNS))
+            try:
+                joined = stack.enter_context(parquet.ParquetFile(run_dir / COLUMNS))
+            except pyarrow.ArrowInvalid as error:
+                raise _unsound(run_dir, f"{COLUMNS} cannot be read: {error}") from error
             there = joined.schema_arrow
         ours = _answer_schema(set(there.names))
         schema = pyarrow.schema([*there, *ours])
         writer = stack.enter_context(parquet.ParquetWriter(file, schema))
+        written = 0
         for columns, first, end in _parts(joined, lines.numbers):
+            written += end - first
             rows = [tuple(_row(raw, run_dir)) for raw in lines.between(first, end)]
             answers = [pyarrow.array([row[i] for row in rows], field.type) for i, field in enumerate(ours)]
             writer.write_table(pyarrow.table([*columns, *answers], schema=schema))
+
+        if written != lines.numbers.size:
+            raise _unsound(run_dir, f"it has lines for which {COLUMNS} has no rows")
+
+
+def _unsound(run_dir: Path, reason: str) -> RunDirError:
+    return RunDirError(
+        f"The answers in {run_dir} cannot be put into a table: {reason}",
+        hint=f"Remove {COLUMNS} there; `batchrun run` brings it anew.",
+        code="run_dir_unsound",
+    )
 
 
 def _parts(joined: Any, numbers: Int64) -> Iterator[tuple[list[Any], int, int]]:

@@ -6,6 +6,7 @@ import functools
 import gzip
 import json
 import os
+import resource
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -399,10 +400,18 @@ def test_a_transfer_that_ends_early_is_no_job(run, memory, here, monkeypatch):
 
 
 def test_a_full_disk_is_told_as_such(run, memory, here):
-    memory.pipe_file("/jobs.jsonl", text(LINES))
+    memory.pipe_file("/jobs.jsonl", text(LINES) * 20_000)
     (here / "blocked").write_text("a file")
-    with pytest.raises(OutputError):
+    with pytest.raises(OutputError, match=r"cannot write blocked/out\.run: Not a directory"):
         run("memory://jobs.jsonl", out="blocked/out.run")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
+        with pytest.raises(OutputError, match=r"cannot write .*job\.jsonl: File too large"):
+            run("memory://jobs.jsonl")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in here.iterdir()] == ["blocked"]
 
 
 CALLS = [(os, "fsync"), (os, "replace"), (Path, "replace"), (Path, "mkdir"), (Path, "unlink"), (os, "rename")]

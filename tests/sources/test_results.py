@@ -14,7 +14,7 @@ import pytest
 
 from batchrun.close import close_run
 from batchrun.config import load_config
-from batchrun.errors import ExitCode, OutputError, UsageError
+from batchrun.errors import ExitCode, OutputError, RunDirError, UsageError
 from batchrun.pipeline import Outcome, Silent, run_job
 from batchrun.retry import retry_run
 from batchrun.sources import results
@@ -243,6 +243,20 @@ def test_where_it_goes_does_not_depend_on_where_a_retry_is_started(run, table, h
     retry_run(here / "t.run", finish_reason="length", max_tokens=12)
     assert (here / "answers.parquet").exists()
     assert not list((here / "elsewhere").iterdir())
+
+
+def test_columns_that_are_damaged_or_too_few_are_told_and_brought_anew(run, table, here):
+    run("t.parquet", results="answers.parquet")
+    columns = here / "t.run" / "columns.parquet"
+    for spoil in (lambda: pq.write_table(table.slice(0, 9), columns), lambda: columns.write_bytes(b"nothing")):
+        spoil()
+        (here / "answers.parquet").unlink()
+        with pytest.raises(RunDirError, match=r"columns\.parquet"):
+            run("t.parquet", results="answers.parquet")
+        assert not (here / "answers.parquet").exists()
+        columns.unlink()
+        assert run("t.parquet", results="answers.parquet").already_done
+        assert pq.read_table("answers.parquet").select(table.schema.names).to_pylist() == table.to_pylist()
 
 
 @pytest.mark.parametrize("name", ["answers.parquet", "answers.jsonl"])

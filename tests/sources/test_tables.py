@@ -242,6 +242,14 @@ def test_a_text_that_is_none_is_the_error_of_its_row(lines, here):
     assert "can't decode" in found[1][1]
 
 
+def test_names_of_columns_may_be_anything(lines, here):
+    parquet(here / "t.parquet", {"a.b": ["x"], "a": ["y"], "s": [{"b": "z"}], "": ["w"], "row": ["v"], "range": ["u"]})
+    assert told(lines("t.parquet", prompt_column="a.b")) == [("x",)]
+    assert told(lines("t.parquet", prompt_column="a")) == [("y",)]
+    assert told(lines("t.parquet", prompt_column="")) == [("w",)]
+    assert told(lines("t.parquet", template="{{ s.b }} {{ row }} {{ range }}")) == [("z v u",)]
+
+
 def test_many_rows_keep_their_order_and_numbers(lines, here):
     parquet(here / "t.parquet", {"prompt": [f"p{i}" for i in range(5000)]}, row_group_size=700)
     found = lines("t.parquet")
