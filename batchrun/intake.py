@@ -22,7 +22,7 @@ _NO_TEMPLATE = "the model has no chat template; give one with --chat-template FI
 # Characters, or token ids, tokenised at once: enough for all cores, and little memory (the tokenizer takes some 100
 # bytes a token for a while).
 _BATCH = 1 << 20
-_LINE = 64  # what a line counts for besides its prompts
+_LINE = 512  # what a line counts for besides its prompts: its objects, of which a short one has more than text
 
 Prompts = tuple[str | tuple[int, ...], ...]  # of one line, as texts or as token ids
 
