@@ -98,6 +98,11 @@ class Tokenizer:
         template = self._fast.chat_template
         return template if isinstance(template, str) else None
 
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """The special tokens, by what is written for them where they are not left out."""
+        return {token.content: id for id, token in self._fast.added_tokens_decoder.items() if token.special}
+
     def vocabulary(self, size: int) -> list[bytes]:
         """The bytes that each token below `size` adds to a text; none for special tokens and where there is none."""
         if self._vocabulary is None:

@@ -48,7 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sources": {"config", "errors", "formats", "locations", "report.records"},
     "models": {"config", "devices", "errors", "specs", "supported"},
     "subject": {"config", "devices", "errors", "models", "specs"},
-    "intake": {"config", "grammar", "request", "specs", "tokenizer", "tokens"},
+    "intake": {"chat", "config", "grammar", "request", "specs", "tokenizer", "tokens"},
     "prepare": {
         "config",
         "execution",

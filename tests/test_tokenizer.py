@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
+from packaging.version import Version
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from batchrun.errors import ModelRefused, UsageError
@@ -166,6 +168,11 @@ def encode_chat(tokenizer, messages) -> list[int]:
     return ids.tolist()
 
 
+def is_before(release: str) -> bool:
+    """Whether this transformers is older than a release."""
+    return Version(version("transformers")) < Version(release)
+
+
 every_kind = pytest.mark.parametrize("kind", KINDS)
 any_kind = st.sampled_from(list(KINDS))
 
@@ -187,6 +194,8 @@ def test_the_tokenizer_is_the_one_that_transformers_builds(kind, model_type, dec
 
     folder = saved(kind, model_type, declared)
     theirs = AutoTokenizer.from_pretrained(folder)
+    if is_before("5.22") and type(theirs).__name__ == "LlamaTokenizer" and kind in ("byte_level", "qwen"):
+        pytest.skip("before 5.22 transformers did not look into tokenizer.json for how a LlamaTokenizer splits text")
     tokenizer = load_tokenizer(folder)
     try:
         expected = [theirs(text)["input_ids"] for text in TEXTS]
@@ -559,6 +568,7 @@ def test_a_bpe_tokenizer_that_asks_for_clean_up_is_decoded_as_transformers_does(
     assert tokenizer.decode(ids) == theirs.decode(ids, skip_special_tokens=True) == "don ' t , stop ."
 
 
+@pytest.mark.skipif(is_before("5.18"), reason="before 5.18 transformers loaded it for any tokenizer")
 @pytest.mark.parametrize("declared", ["PreTrainedTokenizerFast", "LlamaTokenizer", "Qwen2Tokenizer", "GemmaTokenizer"])
 def test_tokenising_loads_no_torch(declared):
     folder = saved("mistral" if declared == "LlamaTokenizer" else "qwen", "llama", declared)
