@@ -3,21 +3,20 @@ are."""
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from batchrun.config import RunConfig
+from batchrun.config import InputConfig, RunConfig
 from batchrun.errors import ExitCode, UsageError
-from batchrun.formats.job import JobSource, lint_job, open_job, sound_lines, spool_stdin
+from batchrun.formats.job import lint_job, sound_lines
 from batchrun.intake import Intake, read_requests
 from batchrun.prepare import limit_warnings, lint_warnings, mismatches
 from batchrun.report.records import Warned
 from batchrun.request import LineFault
+from batchrun.sources.opening import Opened, open_to_read
 from batchrun.subject import Subject
 from batchrun.tokenizer import load_tokenizer
 
@@ -80,13 +79,16 @@ class Checked:
         return ExitCode.SOME_FAILED if self.faults else ExitCode.OK
 
 
-def check_job(job: str, config: RunConfig | None = None, *, limit: int | None = None) -> Checked:
+def check_job(
+    job: str, config: RunConfig | None = None, *, limit: int | None = None, columns: InputConfig | None = None
+) -> Checked:
     """Check a job: what `batchrun check` does. Loads no torch, and writes nothing.
 
     Args:
-        job: path of the job, or `-` for standard input.
+        job: the job, as `batchrun run` takes it.
         config: with the model whose tokens are counted; without one, only the lines are read.
         limit: look at this many lines from the top only.
+        columns: how rows of a table become lines; if None as `config` says.
 
     Raises:
         UsageError: the job, or what `config` names, is missing or wrong.
@@ -94,23 +96,24 @@ def check_job(job: str, config: RunConfig | None = None, *, limit: int | None = 
     if limit is not None and limit < 1:
         raise UsageError(f"--limit: limit = {limit} is wrong: it must be at least 1.")
     subject = Subject.resolve(config, weights=False) if config is not None else None
-    if job != "-":
-        return _check(open_job(job), config, subject, limit)
-    with TemporaryDirectory(prefix="batchrun-") as folder:
-        return _check(spool_stdin(Path(folder) / "standard-input", sys.stdin.buffer), config, subject, limit)
+    if columns is None:
+        columns = config.input if config is not None else InputConfig()
+    with ExitStack() as stack:
+        return _check(open_to_read(job, columns, stack), config, subject, limit)
 
 
-def _check(source: JobSource, config: RunConfig | None, subject: Subject | None, limit: int | None) -> Checked:
+def _check(opened: Opened, config: RunConfig | None, subject: Subject | None, limit: int | None) -> Checked:
+    source = opened.job
     lint = lint_job(source, limit)
     faults = lint.faults
-    warnings = lint_warnings(lint, subject)
+    warnings = [*opened.warnings, *lint_warnings(lint, subject)]
     lengths = other_model = None
     if config is not None and subject is not None:
         mismatch = mismatches(lint, subject)
         other_model = mismatch.count if mismatch is not None else 0
         tokenizer = load_tokenizer(subject.model.path, config.chat_template)
         intake = read_requests(sound_lines(source, limit), tokenizer, subject.spec, subject.generation_config, config)
-        faults = sorted([*faults, *intake.faults], key=lambda fault: fault.number)
+        faults = sorted([*faults, *source.located(intake.faults)], key=lambda fault: fault.number)
         warnings += limit_warnings(intake.silent, intake.clipped)
         lengths = _lengths(intake, subject.spec.max_context)
     return Checked(

@@ -31,7 +31,13 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Job = Annotated[str, typer.Argument(help="Job file: .jsonl, .jsonl.gz or .jsonl.zst; - is standard input.")]
+Job = Annotated[
+    str,
+    typer.Argument(
+        help="Job: .jsonl, .csv, .tsv (also .gz, .zst) or .parquet; a directory or pattern of such files; a URL of "
+        "any (s3://, gs://, hf://, https://); - is standard input."
+    ),
+]
 Model = Annotated[
     str | None, typer.Option("--model", "-m", help="Model directory, short name (demo, llama, qwen, ...) or hub id.")
 ]
@@ -90,6 +96,24 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory: that of
 MovedJob = Annotated[
     Path | None, typer.Option("--job", metavar="FILE", help="Where the job lies now, if it was moved.")
 ]
+PromptColumn = Annotated[
+    str | None,
+    typer.Option("--prompt-column", metavar="NAME", help="Of a table: the column that has the prompts."),
+]
+Template = Annotated[
+    str | None,
+    typer.Option("--template", metavar="FILE|TEXT", help="Of a table: Jinja that makes a row's prompt of its columns."),
+]
+IdColumn = Annotated[
+    str | None, typer.Option("--id-column", metavar="NAME", help="Of a table: the column that has the custom_id.")
+]
+FieldColumns = Annotated[
+    str | None,
+    typer.Option(
+        "--field-columns", metavar="NAMES", help="Of a table: columns that are fields, such as max_tokens,seed."
+    ),
+]
+Chat = Annotated[bool, typer.Option("--chat", help="Of a table: a prompt is a chat's user message, not a completion.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, no tables.")]
 
@@ -123,6 +147,20 @@ def run(
     max_tokens: MaxTokens = None,
     kv_memory: KvMemory = None,
     limit: Limit = None,
+    prompt_column: PromptColumn = None,
+    template: Template = None,
+    id_column: IdColumn = None,
+    field_columns: FieldColumns = None,
+    chat: Chat = False,
+    results: Annotated[
+        str | None,
+        typer.Option(
+            "--results",
+            metavar="FILE|URL",
+            help="Also write all answers and errors to one file at the end, in the order of the job: .jsonl, or "
+            ".parquet with the columns of the job's table.",
+        ),
+    ] = None,
     results_order: Annotated[
         str | None, typer.Option("--results-order", help="completion (as they finish) or input (sorted at the end).")
     ] = None,
@@ -166,6 +204,11 @@ def run(
                     until=until, timeout=timeout, max_errors=max_errors, request_timeout=request_timeout
                 ) or None,
                 scheduler=_given(grouping=grouping) or None,
+                input=_given(
+                    prompt_column=prompt_column, template=template, id_column=id_column, field_columns=field_columns,
+                    chat=chat,
+                ) or None,
+                output=_given(results=results) or None,
             ),
         )  # fmt: skip
         with _Terminal(quiet=quiet) as terminal:
@@ -173,12 +216,12 @@ def run(
         if outcome.already_done and not quiet and not json:
             where = printable(str(outcome.run_dir), limit=4096)
             _console().print(f"This run is finished already; {where} has its results.", soft_wrap=True)
-        _end(outcome, quiet, json)
+        _end(outcome, quiet, json, settings.output.results)
 
 
 @app.command()
 def plan(
-    job: Annotated[str, typer.Argument(help="Job file: .jsonl, .jsonl.gz or .jsonl.zst.")],
+    job: Job,
     model: Model = None,
     config: Config = None,
     device: Device = None,
@@ -187,6 +230,11 @@ def plan(
     max_tokens: MaxTokens = None,
     kv_memory: KvMemory = None,
     limit: Limit = None,
+    prompt_column: PromptColumn = None,
+    template: Template = None,
+    id_column: IdColumn = None,
+    field_columns: FieldColumns = None,
+    chat: Chat = False,
     schedule_order: ScheduleOrder = None,
     grouping: Grouping = None,
     device_spec: DeviceSpec = None,
@@ -230,6 +278,10 @@ def plan(
                 limit=limit, schedule_order=schedule_order, strict=strict, revision=revision,
                 chat_template=_path(chat_template), ignore_generation_config=ignore_generation_config,
                 device_spec=device_spec, scheduler=_given(grouping=grouping) or None,
+                input=_given(
+                    prompt_column=prompt_column, template=template, id_column=id_column, field_columns=field_columns,
+                    chat=chat,
+                ) or None,
             ),
         )  # fmt: skip
         planned = plan_job(job, settings, explain_line=explain, doctor=doctor)
@@ -254,6 +306,11 @@ def check(
     config: Config = None,
     max_tokens: MaxTokens = None,
     limit: Limit = None,
+    prompt_column: PromptColumn = None,
+    template: Template = None,
+    id_column: IdColumn = None,
+    field_columns: FieldColumns = None,
+    chat: Chat = False,
     revision: Revision = None,
     chat_template: ChatTemplate = None,
     json: Json = False,
@@ -265,15 +322,21 @@ def check(
     """
     with _failures(json):
         from batchrun.check import check_job
-        from batchrun.config import load_config
+        from batchrun.config import InputConfig, load_config
         from batchrun.formats.results import encode_json
         from batchrun.formats.rundir import document
         from batchrun.report.tables import print_check
 
         # Without any of these nothing but the lines is looked at, and no model is needed.
         of_model = _given(model=model, max_tokens=max_tokens, revision=revision, chat_template=_path(chat_template))
-        settings = load_config(config, limit=limit, **of_model) if of_model or config is not None else None
-        checked = check_job(job, settings, limit=settings.limit if settings is not None else limit)
+        columns = _given(
+            prompt_column=prompt_column, template=template, id_column=id_column, field_columns=field_columns, chat=chat
+        )
+        if of_model or config is not None:
+            settings = load_config(config, limit=limit, input=columns or None, **of_model)
+            checked = check_job(job, settings, limit=settings.limit)
+        else:
+            checked = check_job(job, limit=limit, columns=InputConfig(**columns))
         if json:
             _write(encode_json(document(checked), indent=True))
         else:
@@ -539,7 +602,7 @@ def bench(
             print_bench(_console(), measured)
 
 
-def _end(outcome: Outcome, quiet: bool, json: bool) -> NoReturn:
+def _end(outcome: Outcome, quiet: bool, json: bool, results: str | None = None) -> NoReturn:
     """Show what a run came to, and exit with its code."""
     from batchrun.formats.results import encode_json
     from batchrun.formats.rundir import document
@@ -548,7 +611,7 @@ def _end(outcome: Outcome, quiet: bool, json: bool) -> NoReturn:
     if json:
         _write(encode_json(document(outcome.report), indent=True))
     elif not quiet:
-        print_summary(_console(), outcome.report, outcome.run_dir)
+        print_summary(_console(), outcome.report, outcome.run_dir, results)
     if outcome.exit_code is ExitCode.STOPPED and not quiet:
         _console(stderr=True).print("Stopped early. The same command again goes on.", soft_wrap=True)
     sys.exit(outcome.exit_code)

@@ -34,6 +34,7 @@ from batchrun.pipeline import LOG, PAGE, Outcome, finished, log_to
 from batchrun.report.page import render_page
 from batchrun.report.records import KvUse, Report, RequestCounts, Seconds, StepLog, Throughput, TokenCounts, Warned
 from batchrun.request import LineFault
+from batchrun.sources.results import write_results
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +92,8 @@ def _close(run_dir: RunDir, source: JobSource, total: int, config: RunConfig, co
     if config.results_order == "input":
         for name in (RESULTS, ERRORS):
             sort_results(path / name)
+    if config.output.results is not None:
+        write_results(path, config.output.results)
 
     counts = RequestCounts(total, sink.completed, sink.failed, total - sink.completed - sink.failed)
     report = _report(path, run, config, counts, codes)

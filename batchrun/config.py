@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from batchrun.errors import UsageError
+from batchrun.locations import is_url, redact
 from batchrun.planning.order import AUTO, ORDERS
 from batchrun.prefix.groups import GROUPINGS
 from batchrun.request import Endpoint, LineOptions, SamplingParams
@@ -256,8 +257,53 @@ class SchedulerConfig(_Section):
     )
 
 
+def _names(value: Any) -> Any:
+    """Names in a list, or in a text with commas between them."""
+    return tuple(name.strip() for name in value.split(",")) if isinstance(value, str) else _one_or_many(value)
+
+
+def _results_file(name: str) -> str:
+    """Where answers go besides: `run.json` keeps it, so it has no secrets."""
+    if Path(name).suffix.lower() not in (".parquet", ".jsonl"):
+        raise ValueError("it must end in .parquet or .jsonl")
+    if redact(name) != name:
+        raise ValueError("no user and no key may stand in it; give them as the store's own library takes them")
+    return name
+
+
+class InputConfig(_Section):
+    """How rows of a table (Parquet, CSV) become requests, one each. Jobs in JSON lines have no use for it."""
+
+    prompt_column: str | None = Field(
+        default=None,
+        description="Column that has the prompts (texts, or lists of token ids or of messages); if unset `messages` or "
+        "`prompt`.",
+    )
+    template: str | None = Field(
+        default=None,
+        description="Jinja template that makes a row's prompt of its columns, as a text or the name of a file.",
+    )
+    id_column: str | None = Field(
+        default=None, description="Column that has the custom_id of each row; if unset `custom_id` where there is one."
+    )
+    field_columns: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
+        default=(),
+        description="Columns that have a field of the request each, such as max_tokens; others are no part of it.",
+    )
+    chat: bool = Field(
+        default=False,
+        description="A prompt is what a user says in a chat, put through the model's chat template, not a completion.",
+    )
+
+
 class OutputConfig(_Section):
     """How results reach the disk."""
+
+    results: Annotated[str, AfterValidator(_results_file)] | None = Field(
+        default=None,
+        description="File or URL that gets all answers and errors at the end, in the order of the job: .jsonl has "
+        "their lines, .parquet a row for each, with the columns of a table that was the job.",
+    )
 
     flush_seconds: float = Field(
         default=1.0,
@@ -338,6 +384,7 @@ class RunConfig(_Section):
         default=False, description="Take no sampling defaults from the model's generation_config.json."
     )
     sampling: SamplingConfig = Field(default=SamplingConfig(), description="Sampling of lines that do not say.")
+    input: InputConfig = Field(default=InputConfig(), description="How rows of a table become requests.")
     limits: LimitsConfig = Field(default=LimitsConfig(), description="What ends a run or a request early.")
     scheduler: SchedulerConfig = Field(default=SchedulerConfig(), description="How work is cut into steps.")
     output: OutputConfig = Field(default=OutputConfig(), description="How results reach the disk.")
@@ -373,6 +420,8 @@ def dump_config(config: RunConfig) -> dict[str, Any]:
     for name, value in settings.items():
         if isinstance(value, Path):
             settings[name] = str(value.absolute())
+    if config.output.results is not None and not is_url(config.output.results):
+        settings["output"]["results"] = str(Path(config.output.results).absolute())
     model = Path(config.model).expanduser()
     return settings | ({"model": str(model.absolute())} if model.is_dir() else {})
 
@@ -439,7 +488,7 @@ def _fault(detail: dict[str, Any], layers: list[_Layer]) -> str:
 def _shown(value: Any) -> str:
     """A value for a message, at most 100 characters of it."""
     try:
-        text = repr(value)
+        text = redact(repr(value))
     except (ValueError, RecursionError):  # an integer of thousands of digits, or tables that deep
         return "..."
     return text if len(text) <= 100 else text[:97] + "..."

@@ -8,7 +8,7 @@ from pathlib import Path
 from batchrun.config import RunConfig, load_dumped
 from batchrun.errors import UsageError
 from batchrun.formats.job import JobSource, open_job
-from batchrun.formats.rundir import RUN, STDIN_JOB, RunDir
+from batchrun.formats.rundir import KEPT_JOB, RUN, RunDir
 
 
 def settings_of(run_dir: RunDir) -> RunConfig:
@@ -43,7 +43,10 @@ def job_of(run_dir: RunDir, moved_to: Path | None = None) -> JobSource:
     assert run_dir.run is not None and run_dir.run.job is not None
     if moved_to is not None:
         return open_job(moved_to)
-    place = run_dir.path / STDIN_JOB if run_dir.run.job == "-" else Path(run_dir.run.job)
+    source = run_dir.run.source
+    if source is not None or run_dir.run.job == "-":
+        return JobSource(open_job(run_dir.path / KEPT_JOB).path, source)
+    place = Path(run_dir.run.job)
     if not place.exists():
         raise UsageError(f"The job of this run is no longer at {place}.", hint="Say with --job where it lies now.")
     return open_job(place)

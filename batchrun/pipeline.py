@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,14 +29,13 @@ from batchrun.execution.recovery import Recovery
 from batchrun.execution.stops import TextStops
 from batchrun.execution.timeline import Timeline
 from batchrun.execution.worker import WorkerLost
-from batchrun.formats.job import JobLint, JobSource, lint_job, open_job, sound_lines, spool_stdin
+from batchrun.formats.job import JobLint, JobSource, lint_job, sound_lines
 from batchrun.formats.plan import PLAN, PlanFile, write_plan
 from batchrun.formats.report import REPORT, STEPS, StepWriter, read_report, read_step_logs, write_report
 from batchrun.formats.results import error_line
 from batchrun.formats.rundir import (
     ERRORS,
     RESULTS,
-    STDIN_JOB,
     Recovered,
     ResultSink,
     RunDir,
@@ -84,6 +82,9 @@ from batchrun.report.wording import printable
 from batchrun.request import FinishReason, JobLine, LineFault
 from batchrun.schedule.scheduler import Finished, Scheduler
 from batchrun.schedule.step import Step, StepOutput
+from batchrun.sources.opening import open_to_read, open_to_run
+from batchrun.sources.results import write_results
+from batchrun.sources.stores import check_writable
 from batchrun.subject import Fingerprint, Subject, fingerprint_of
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ class Observer(Protocol):
         """Bad lines of the job, before the model is loaded; `total` lines there are."""
 
     def stage(self, name: str) -> None:
-        """A stage begins: `read`, `load model`, `run`."""
+        """A stage begins: `fetch`, `read`, `load model`, `run`."""
 
     def expected_rows(self, rows: int) -> None:
         """How many rows the whole run is expected to compute; said once, before the model is loaded."""
@@ -182,7 +183,7 @@ def run(job: str | Path, *, model: str, out: str | Path | None = None, **options
     """Run every request of a job and return the report.
 
     Args:
-        job: path of a `.jsonl`, `.jsonl.gz` or `.jsonl.zst` file.
+        job: a file, directory, pattern or URL, as `batchrun run` takes it.
         model: a model directory, a short name, or a hub id.
         out: run directory; `jobs.run` beside `jobs.jsonl` if None.
         options: fields of `RunConfig` by name, and `config_file`.
@@ -203,7 +204,7 @@ def plan(job: str | Path, *, model: str, **options: Any) -> PlanFile:
     """Plan a job without running it: no weights are read and no torch is loaded.
 
     Args:
-        job: path of a `.jsonl`, `.jsonl.gz` or `.jsonl.zst` file.
+        job: a file, directory, pattern or URL, as `batchrun plan` takes it.
         model: a model directory, a short name, or a hub id.
         options: fields of `RunConfig` by name, and `config_file`.
 
@@ -238,13 +239,16 @@ def plan_job(job: str, config: RunConfig, *, explain_line: str | None = None, do
     if job == "-":
         raise UsageError("A plan reads the job twice, so it cannot come from standard input.", hint="Give a file.")
     subject = Subject.resolve(config, weights=False)
-    source = open_job(job)
-    lint = lint_job(source, config.limit)
-    _refuse_unrunnable(lint.faults, lint.total, config)
-    _refuse_mismatch(lint, subject, config)
-    prepared, forest = prepare(subject, sound_lines(source, config.limit), config)
-    _refuse_unrunnable(prepared.faults, lint.total, config)
-    faults = sorted([*lint.faults, *prepared.faults], key=lambda fault: fault.number)
+    with ExitStack() as stack:
+        opened = open_to_read(job, config.input, stack)
+        source = opened.job
+        lint = lint_job(source, config.limit)
+        _refuse_unrunnable(lint.faults, lint.total, config)
+        _refuse_mismatch(lint, subject, config)
+        prepared, forest = prepare(subject, sound_lines(source, config.limit), config)
+    unfit = source.located(prepared.faults)
+    _refuse_unrunnable(unfit, lint.total, config)
+    faults = sorted([*lint.faults, *unfit], key=lambda fault: fault.number)
     total = lint.total
     if not len(prepared.requests):
         raise NothingRunnable(f"None of the {total} lines can run; the first: {_shown(faults[0])}")
@@ -257,7 +261,7 @@ def plan_job(job: str, config: RunConfig, *, explain_line: str | None = None, do
         plan=plan_file(prepared, simulated, orders, subject, fingerprint_of(subject, lint.fingerprint, config)),
         faults=faults,
         total_lines=total,
-        warnings=warnings_of(lint, prepared, subject, config),
+        warnings=[*opened.warnings, *warnings_of(lint, prepared, subject, config)],
         runs=shared_runs(forest, requests.tokens.ids, decode),
         computed_once=len(prepared.plan.groups),
         steps=simulated.log.columns,
@@ -319,26 +323,38 @@ def run_job(
     observer = observer or Silent()
     began = time.perf_counter()
     subject = Subject.resolve(config, weights=True)
+    if config.output.results is not None:
+        check_writable(config.output.results, job)
     with ExitStack() as stack:
-        source, out = _open_source(job, config, stack)
+        opened, out = open_to_run(job, config, stack, tell=observer.stage, stop=observer.should_stop)
+        source = opened.job
         lint = lint_job(source, config.limit)
         _refuse_unrunnable(lint.faults, lint.total, config)
         _refuse_mismatch(lint, subject, config)
         if config.strict:  # all or none: what only the tokenizer can refuse is found before anything is written
             faults = prepare(subject, sound_lines(source, config.limit), config)[0].faults
-            _refuse_unrunnable(faults, lint.total, config)
+            _refuse_unrunnable(source.located(faults), lint.total, config)
         fingerprint = fingerprint_of(subject, lint.fingerprint, config)
-        place = job if job == "-" else str(source.path.absolute())
         run_dir = stack.enter_context(
-            RunDir.open(out, fingerprint, fresh=config.fresh, job=place, settings=dump_config(config))
+            RunDir.open(
+                out,
+                fingerprint,
+                fresh=config.fresh,
+                job=opened.place,
+                settings=dump_config(config),
+                source=opened.source,
+            )
         )
         if run_dir.state is RunState.FINISHED:
+            if config.output.results is not None:
+                opened.keep(out)
+                write_results(out, config.output.results)
             return finished(run_dir)
-        if job == "-":
-            with output_errors(out):
-                source.path = source.path.replace(out / STDIN_JOB)
+        opened.keep(out)
         stack.enter_context(log_to(out / LOG))
-        return Run(source, lint, fingerprint, subject, config, run_dir, observer, began, engine).execute()
+        return Run(
+            source, lint, fingerprint, subject, config, run_dir, observer, began, engine, warnings=opened.warnings
+        ).execute()
 
 
 def finished(run_dir: RunDir) -> Outcome:
@@ -381,6 +397,7 @@ class Run:
 
     Args:
         limit_again: token limit of the lines that were taken out to be run again, over their own; None: their own.
+        warnings: what a person should know of the job before anything of it is read.
     """
 
     def __init__(
@@ -396,6 +413,7 @@ class Run:
         engine: Engine | RemoteEngine | None = None,
         *,
         limit_again: int | None = None,
+        warnings: Sequence[Warned] = (),
     ) -> None:
         self.source = source
         self.lint = lint
@@ -407,6 +425,7 @@ class Run:
         self.began = began
         self.engine = engine
         self.limit_again = limit_again
+        self.warnings = warnings
         self.seconds: dict[str, float] = {}
         self.answered_prompt_tokens = 0
         self.finish_reasons: Counter[str] = Counter()
@@ -427,7 +446,9 @@ class Run:
         recovered = self.run_dir.recover()
         self.error_codes.update(recovered.error_codes)
         self.run_dir.start(self._counts(recovered), model=self.subject.name, environment=self.subject.environment)
-        names = (printable(str(name), limit=4096) for name in (self.source.path, self.subject.name))
+        came_from = self.source.came_from
+        place = self.source.path if came_from is None else came_from.location
+        names = (printable(str(name), limit=4096) for name in (place, self.subject.name))
         log.info("run of %s with %s: %s lines", *names, self.total)
         sink = ResultSink(
             self.run_dir.path,
@@ -478,10 +499,10 @@ class Run:
             lines = _limited(lines, set(recovered.replaced.tolist()), self.limit_again)
         prepared = prepare(self.subject, lines, config, device)[0]
         self.seconds |= prepared.seconds
-        self._refuse(sink, prepared.faults)
-        if prepared.faults:
-            self.observer.faults(prepared.faults, self.total)
-        warnings = warnings_of(self.lint, prepared, self.subject, self.config)
+        if unfit := self.source.located(prepared.faults):
+            self._refuse(sink, unfit)
+            self.observer.faults(unfit, self.total)
+        warnings = [*self.warnings, *warnings_of(self.lint, prepared, self.subject, self.config)]
         if done:
             warnings.append(
                 Warned(
@@ -522,6 +543,8 @@ class Run:
             if self.config.results_order == "input":
                 for name in (RESULTS, ERRORS):
                     sort_results(self.run_dir.path / name)
+            if self.config.output.results is not None:
+                write_results(self.run_dir.path, self.config.output.results)
         write_report(self.run_dir.path / REPORT, report)
         starts: list[StartSummary] = []
         if done:
@@ -707,35 +730,12 @@ def _worker_errors() -> Iterator[None]:
 # --- what both do -------------------------------------------------------------------------------------------------
 
 
-def _open_source(job: str, config: RunConfig, stack: ExitStack) -> tuple[JobSource, Path]:
-    """The job and its run directory; standard input is put into the latter, where `stack` removes it again unless a
-    run has taken it."""
-    if job != "-":
-        source = open_job(job)
-        return source, config.out or source.default_out()
-    if config.out is None:
-        raise UsageError("A job from standard input needs a run directory.", hint="Give one with -o DIR.")
-    out, new = config.out, not config.out.exists()
-    with output_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-    if new:
-        stack.callback(_remove_if_empty, out)
-    spool = out / f".{STDIN_JOB}.{os.getpid()}"
-    stack.callback(spool.unlink, missing_ok=True)
-    return spool_stdin(spool, sys.stdin.buffer), out
-
-
 def _limited(lines: Iterator[JobLine], again: set[int], limit: int) -> Iterator[JobLine]:
     """Lines of which some have another token limit than their own."""
     for line in lines:
         if line.number in again:
             line.options = replace(line.options, max_tokens=limit)
         yield line
-
-
-def _remove_if_empty(directory: Path) -> None:
-    with suppress(OSError):
-        directory.rmdir()
 
 
 def _refuse_unrunnable(faults: list[LineFault], total: int, config: RunConfig) -> None:

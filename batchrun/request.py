@@ -165,7 +165,7 @@ class LineFault:
     Attributes:
         number: the line, 1-based, blank lines counted.
         custom_id: the line's own, or `line-<number>`.
-        code: `invalid_json_line`, `invalid_request`, `duplicate_custom_id`, `unsupported_url`,
+        code: `invalid_json_line`, `invalid_row`, `invalid_request`, `duplicate_custom_id`, `unsupported_url`,
             `unsupported_field`, `context_length_exceeded`, `empty_prompt`.
         message: what is wrong with it and what would be right.
         param: the field at fault (`body.temperature`), or None.

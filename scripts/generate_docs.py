@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from batchrun import bench, check, config, diff, review, status
 from batchrun.cli import app
 from batchrun.errors import ExitCode
-from batchrun.formats import job, plan, results, rundir, watch
+from batchrun.formats import job, plan, results, rundir, source, watch
 from batchrun.planning.order import ORDERS
 from batchrun.prefix.groups import GROUPINGS
 from batchrun.report import limit, records
@@ -148,6 +148,8 @@ FORMATS = """# Files
 
 ## Job
 
+Tables, URLs and directories are made into such a file first ([sources.md](sources.md)).
+
 A job is a JSON Lines file, plain or compressed (`.jsonl`, `.jsonl.gz`, `.jsonl.zst`), in UTF-8. Blank lines are skipped
 and still counted, so that line numbers are those of an editor. A line has OpenAI's batch form
 
@@ -170,6 +172,8 @@ A line without an id is `line-<number>`. `url` is {endpoints}, line by line; in 
 - `prompt`: a text, a list of texts, a list of token ids, or a list of such lists. A line with several prompts gives one
   result line with as many choices. Token ids are taken as they are.
 - A field that is `null` is as good as absent.
+- `batchrun`: `expected_tokens` is a guess of the answer's length, for the plan alone; `fault` is why a row of a table
+  could not be made into this line, which is an error then.
 - `model` is informative: the model is the one given with `--model`; another name is a warning in the report.
 
 ### Fields that say how to answer
@@ -229,6 +233,7 @@ runs; with `--strict` nothing runs (exit code 4).
 
 CODES = {
     "invalid_json_line": "not a JSON object, not UTF-8, or longer than {limit} MiB",
+    "invalid_row": "a row of a table has no prompt, or the template refuses it",
     "invalid_request": "a field is missing or has a wrong value, or the chat template refuses the messages",
     "duplicate_custom_id": "an earlier line has this `custom_id`; the earlier one runs",
     "unsupported_url": "another endpoint",
@@ -251,7 +256,8 @@ RUN_DIRECTORY = """## Run directory
 | `steps.jsonl` | one line for each step, unless `output.steps_log` is false |
 | `report.json`, `report.html` | what happened, for programs and for people |
 | `run.log` | the log |
-| `job.jsonl` | the job itself, where it came from standard input |
+| `job.jsonl` | the job itself, where it came from standard input, a URL, a table or several files |
+| `columns.parquet` | the columns of a table, where `--results` wants them beside the answers |
 | `lock` | held while a process writes here; the lock of a dead process is no lock |
 
 Every JSON document of ours begins with `schema_version` ({version}). Documents are written beside their place and then
@@ -339,7 +345,7 @@ def _formats() -> str:
         _table(("code", "the line"), codes),
         RUN_DIRECTORY.format(version=rundir.SCHEMA_VERSION),
         *_examples(),
-        *_document("run.json", rundir.RunFile, records.RequestCounts, rundir.Retry),
+        *_document("run.json", rundir.RunFile, records.RequestCounts, rundir.Retry, source.Source, source.Shard),
         *_document(
             "plan.json",
             plan.PlanFile,

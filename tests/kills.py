@@ -27,10 +27,10 @@ def killed_before(call: int, calls: list[tuple[Any, str]], command: Callable[[],
     counted = iter(range(10**6))
 
     def deadly(real: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(*args: Any) -> Any:
+        def wrapped(*args: Any, **options: Any) -> Any:
             if next(counted) == call:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return real(*args)
+            return real(*args, **options)
 
         return wrapped
 

@@ -412,7 +412,7 @@ def test_a_plan_is_written_as_a_page(command, here):
         (["run", "jobs.jsonl", "--chat-template", "none.jinja"], ["none.jinja", "cannot be read"]),
         (["plan", "jobs.jsonl", "--chat-template", "none.jinja"], ["none.jinja", "cannot be read"]),
         (["run", "none.jsonl"], ["no job file none.jsonl"]),
-        (["run", "."], ["is a directory"]),
+        (["run", "."], ["does not say how to name", "-o DIR"]),
         (["run", "-"], ["-o DIR"]),
         (["plan", "-"], ["standard input"]),
         (["run", "jobs.jsonl", "--revision", "main"], ["--revision"]),

@@ -157,7 +157,11 @@ def mixed(model_dir, tmp_path_factory) -> SimpleNamespace:
 def test_the_run_directory_is_named_after_the_job_and_has_every_file(mixed):
     assert mixed.outcome.run_dir == mixed.dir
     names = {path.name for path in mixed.dir.iterdir()}
-    assert names == {*RUN_FILES, "lock"} - {"job.jsonl", "replaced.jsonl"}  # of standard input, and of a retry
+    assert names == {*RUN_FILES, "lock"} - {
+        "job.jsonl",
+        "columns.parquet",
+        "replaced.jsonl",
+    }  # of standard input, and of a retry
 
 
 def test_every_line_has_one_outcome(mixed):

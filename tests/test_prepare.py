@@ -23,7 +23,7 @@ def prepared(**options: object) -> Prepared:
     config = load_config(model="demo", **({"dtype": "float32"} | options))
     subject = Subject.resolve(config, weights=False)
     lines = (line for line in islice(read_job(open_job(str(JOB))), config.limit) if isinstance(line, JobLine))
-    return prepare(subject, lines, config)
+    return prepare(subject, lines, config)[0]
 
 
 def test_auto_takes_the_order_that_is_shortest_in_simulation():

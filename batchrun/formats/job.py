@@ -16,8 +16,8 @@ import stat
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass, field
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -26,6 +26,7 @@ import orjson
 import zstandard
 
 from batchrun.errors import OutputError, UsageError
+from batchrun.formats.source import Source
 from batchrun.request import Endpoint, Grammar, JobLine, LineFault, LineOptions, ToolChoice
 
 MAX_LINE_BYTES = 256 << 20
@@ -51,8 +52,10 @@ class JobSource:
     """A job file that can be read more than once, decompressed by its suffix (`.gz`, `.zst`)."""
 
     path: Path
+    came_from: Source | None = None  # the files that its lines were put together from
     _fingerprint: str | None = field(default=None, init=False, repr=False)
     _repeated: dict[int, int] | None = field(default=None, init=False, repr=False)  # of `read_job`
+    _where: Callable[[int], str] | None = field(default=None, init=False, repr=False)
 
     def lines(self) -> Iterator[tuple[int, bytes]]:
         r"""Yield (1-based line number, line without its `\n`), blank lines too, in bounded memory.
@@ -110,6 +113,19 @@ class JobSource:
         assert self._fingerprint is not None
         return self._fingerprint
 
+    def located(self, faults: list[LineFault]) -> list[LineFault]:
+        """Faults of lines of this job, each with the place that its line had in a job of several files."""
+        if self.came_from is None or len(self.came_from.files) < 2:
+            return faults
+        return [replace(fault, message=f"{fault.message} ({self.where(fault.number)})") for fault in faults]
+
+    def where(self, number: int) -> str:
+        """What a line of this job is called: `line 17`, or in a job of several files `line 17 of part-2.jsonl`."""
+        if self._where is None:
+            several = self.came_from is not None and len(self.came_from.files) > 1
+            self._where = self.came_from.places() if self.came_from is not None and several else "line {}".format
+        return self._where(number)
+
     def default_out(self) -> Path:
         """The run directory beside the job: `jobs.run` for `jobs.jsonl`, `jobs.jsonl.gz` and `jobs.jsonl.zst`."""
         packed = self.path.suffix.lower() in (".gz", ".zst")
@@ -166,13 +182,21 @@ def spool_stdin(destination: Path, stream: BinaryIO) -> JobSource:
 
 def _blocks(path: Path) -> Iterator[bytes]:
     """The uncompressed bytes of a file, in blocks of bounded size."""
-    suffix = path.suffix.lower()
-    if suffix == ".zst":
-        with path.open("rb") as file:
-            yield from _zstd_blocks(file)
+    with path.open("rb") as file:
+        yield from unpacked(file, path.suffix)
+
+
+def unpacked(file: BinaryIO, suffix: str) -> Iterator[bytes]:
+    """The uncompressed bytes of a file that is packed as its suffix says, in blocks of bounded size.
+
+    Raises:
+        OSError, EOFError, zlib.error, zstandard.ZstdError: it is damaged or cut short, or cannot be read.
+    """
+    if suffix.lower() == ".zst":
+        yield from _zstd_blocks(file)
         return
-    with gzip.open(path, "rb") if suffix == ".gz" else path.open("rb") as file:
-        while block := file.read(_BLOCK):
+    with gzip.open(file, "rb") if suffix.lower() == ".gz" else nullcontext(file) as plain:
+        while block := plain.read(_BLOCK):
             yield block
 
 
@@ -242,10 +266,12 @@ def read_job(source: JobSource) -> Iterator[JobLine | LineFault]:
             repeated[number] = first
         return first
 
+    where = source.where
     for number, line in source.lines():
         line = line.removeprefix(_BOM)
         if line and not line.isspace():
-            yield _read_line(number, line, first_line)
+            item = _read_line(number, line, first_line, where)
+            yield source.located([item])[0] if isinstance(item, LineFault) else item
     if known is None:
         source._repeated = repeated
 
@@ -323,7 +349,15 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _read_line(number: int, line: bytes, first_line: Callable[[str, int], int]) -> JobLine | LineFault:
+def _readable(reason: str) -> str:
+    """What is wrong with a row, which may have words of the row: less than 400 characters, nothing unprintable."""
+    reason = reason[:390]
+    return reason if reason.isprintable() else ascii(reason)[1:391]
+
+
+def _read_line(
+    number: int, line: bytes, first_line: Callable[[str, int], int], where: Callable[[int], str]
+) -> JobLine | LineFault:
     custom_id = f"line-{number}"
     prefix = ""
     try:
@@ -331,8 +365,10 @@ def _read_line(number: int, line: bytes, first_line: Callable[[str, int], int]) 
         is_openai = "body" in row or "url" in row or "method" in row
         custom_id = _custom_id(row, is_openai) or custom_id
         if (first := first_line(custom_id, number)) != number:
-            message = f"custom_id {_shown(custom_id)} was taken by line {first}; that one stands, rename this one"
+            message = f"custom_id {_shown(custom_id)} was taken by {where(first)}; that one stands, rename this one"
             raise _Fault("duplicate_custom_id", "custom_id", message)
+        if type(own := row.get("batchrun")) is dict and type(reason := own.get("fault")) is str:
+            raise _Fault("invalid_row", None, _readable(reason))
         unknown: list[str] = []
         if is_openai:
             endpoint, body = _openai_form(row, unknown)

@@ -269,6 +269,56 @@ def read_told(raw: bytes) -> Told:
     return Told(custom_id, line, texts, reasons, code)
 
 
+class Outcome(NamedTuple):
+    """What became of a line of the job, in the columns of a table."""
+
+    custom_id: str
+    text: str | None = None  # of the first choice; None for an error
+    finish_reason: str | None = None
+    reasoning: str | None = None
+    tool_calls: str | None = None  # JSON
+    choices: list[dict[str, str | None]] | None = None  # text and finish_reason of each, where there are several
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    cached_tokens: int | None = None
+    error_code: str | None = None
+    error_message: str | None = None
+
+
+def read_outcome(raw: bytes) -> Outcome:
+    """What a result or error line says.
+
+    Raises:
+        ValueError: `raw` is not a whole line that this module wrote.
+    """
+    _, code = read_line_number(raw)
+    entry = orjson.loads(raw)
+    try:
+        if code is not None:
+            error = entry["error"] or entry["response"]["body"]["error"]
+            return Outcome(entry["custom_id"], error_code=code, error_message=error["message"])
+        body = entry["response"]["body"]
+        usage = body["usage"]
+        messages = [choice.get("message") or {"content": choice["text"]} for choice in body["choices"]]
+        texts = [
+            {"text": message["content"], "finish_reason": choice["finish_reason"]}
+            for message, choice in zip(messages, body["choices"], strict=True)
+        ]
+        calls = messages[0].get("tool_calls")
+        return Outcome(
+            custom_id=entry["custom_id"],
+            **texts[0],
+            reasoning=messages[0].get("reasoning_content"),
+            tool_calls=orjson.dumps(calls).decode() if calls else None,
+            choices=texts if len(texts) > 1 else None,
+            prompt_tokens=usage["prompt_tokens"],
+            completion_tokens=usage["completion_tokens"],
+            cached_tokens=usage["prompt_tokens_details"]["cached_tokens"],
+        )
+    except (KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"not a result line: {error!r}") from error
+
+
 def read_created(raw: bytes) -> int:
     """When the line of the job that a result line answers was finished, in seconds of Unix time.
 

@@ -23,6 +23,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
@@ -34,6 +35,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from batchrun.errors import ExitCode, OutputError, RunDirError, UsageError
 from batchrun.formats.results import Ending, encode_json, read_attempts, read_ending, read_line_number
+from batchrun.formats.source import Source
 from batchrun.report.records import RequestCounts
 from batchrun.request import JobLine, LineFault
 
@@ -41,10 +43,12 @@ SCHEMA_VERSION = 1
 RESULTS, ERRORS, RUN = "results.jsonl", "errors.jsonl", "run.json"
 REPLACED = "replaced.jsonl"  # lines that were taken out of the two, to be run again
 LOCK = "lock"
-STDIN_JOB = "job.jsonl"  # the job, where it came from standard input
+KEPT_JOB = "job.jsonl"  # the job, where it came from standard input, a store, a table or several files
+COLUMNS = "columns.parquet"  # the columns of a table, to be joined to its answers
 # run.json goes first when a run is moved aside: without it, what is left is taken for no run at all.
 RUN_FILES = (
-    RUN, RESULTS, ERRORS, REPLACED, "plan.json", "steps.jsonl", "report.json", "report.html", "run.log", STDIN_JOB
+    RUN, RESULTS, ERRORS, REPLACED, "plan.json", "steps.jsonl", "report.json", "report.html", "run.log", KEPT_JOB,
+    COLUMNS,
 )  # fmt: skip
 
 _LOOK_SECONDS = 0.1  # `batchrun status` holds a lock for less when it looks whether anyone does
@@ -108,7 +112,7 @@ def write_json_atomic(path: Path, value: Any) -> None:
     Raises:
         OutputError: it cannot be written; the old file is as it was.
     """
-    with _replacing(path) as file:
+    with replacing(path) as file:
         file.write(encode_json(value, indent=True))
 
 
@@ -118,7 +122,7 @@ def write_text_atomic(path: Path, text: str) -> None:
     Raises:
         OutputError: it cannot be written; the old file is as it was.
     """
-    with _replacing(path) as file:
+    with replacing(path) as file:
         file.write(text.encode())
 
 
@@ -162,8 +166,12 @@ def read_document(path: Path, kind: type[T]) -> T:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Any]:
-    """A binary file written beside `path`, which takes its place when the block ends well."""
+def replacing(path: Path) -> Iterator[Any]:
+    """A binary file written beside `path`, which takes its place when the block ends well.
+
+    Raises:
+        OutputError: it cannot be written; the old file is as it was.
+    """
     beside = path.with_name(path.name + ".tmp")
     with output_errors(path):
         try:
@@ -176,10 +184,10 @@ def _replacing(path: Path) -> Iterator[Any]:
             with contextlib.suppress(OSError):
                 beside.unlink()
             raise
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
     # A created or renamed file survives a power cut only once its directory is on disk too.
     fd = os.open(path, os.O_RDONLY)
     try:
@@ -318,10 +326,12 @@ class RunFile:
         created_at, completed_at: of the run.
         in_progress_at: of the latest start.
         environment: versions and machine.
-        job: absolute path of the job; `-` where it came from standard input, and is `job.jsonl` here. None in files of
-            earlier versions.
+        job: absolute path of the job, or its URL without secrets; `-` where it came from standard input, and is
+            `job.jsonl` here. None in files of earlier versions.
         settings: what the run was asked for, every default resolved. None in files of earlier versions.
         retries: the lines that were run again, in order.
+        source: where the lines of `job.jsonl` came from; None where the job is read where it lies, or came from
+            standard input.
 
     Raises:
         ValueError: a finished run without an exit code or with lines remaining; an exit code that there is not.
@@ -342,6 +352,7 @@ class RunFile:
     job: str | None = None
     settings: dict[str, Any] | None = None
     retries: tuple[Retry, ...] = ()
+    source: Source | None = None
 
     def __post_init__(self) -> None:
         if self.status.finished and (self.exit_code is None or self.request_counts.remaining):
@@ -394,13 +405,20 @@ class RunDir:
     """
 
     def __init__(
-        self, path: Path, fingerprint: Fingerprint, lock: int, job: str | None, settings: dict[str, Any] | None
+        self,
+        path: Path,
+        fingerprint: Fingerprint,
+        lock: int,
+        job: str | None,
+        settings: dict[str, Any] | None,
+        source: Source | None = None,
     ) -> None:
         self.path = path
         self._fingerprint = _as_read(fingerprint)
         self._lock = lock
         self._job = job
         self._settings = settings
+        self._source = source
         self.run: RunFile | None = None
 
     @classmethod
@@ -412,13 +430,14 @@ class RunDir:
         fresh: bool = False,
         job: str | None = None,
         settings: dict[str, Any] | None = None,
+        source: Source | None = None,
     ) -> RunDir:
         """Make the directory where it is missing, take its lock, and see that a run in it is of this job.
 
         Args:
             fingerprint: all that decides the results (job content, model, template, sampling defaults), by name.
             fresh: move a run that is there to `<path>.1` (`.2`, ...) beside it, and start anew.
-            job, settings: as in `RunFile`, to be noted there.
+            job, settings, source: as in `RunFile`, to be noted there.
 
         Raises:
             RunDirError: another process holds it, it belongs to another job, or its files are not sound.
@@ -426,7 +445,7 @@ class RunDir:
         """
         with output_errors(path):
             path.mkdir(parents=True, exist_ok=True)
-        run_dir = cls(path, fingerprint, _take_lock(path), job, settings)
+        run_dir = cls(path, fingerprint, _take_lock(path), job, settings, source)
         try:
             if fresh:
                 _move_aside(path)
@@ -508,6 +527,7 @@ class RunDir:
                 job=self._job if self._job is not None or self.run is None else self.run.job,
                 settings=self._settings if self._settings is not None or self.run is None else self.run.settings,
                 retries=self.run.retries if self.run else (),
+                source=self._source if self._job is not None or self.run is None else self.run.source,
             )
         )
 
@@ -608,6 +628,8 @@ class RunDir:
         if fields:
             values = ((name, *_shorten(_show(there, name), _show(now, name))) for name in fields)
             differences = "; ".join(f"{name} is {old} there and {new} now" for name, old, new in values)
+            if "job" in fields and self.run.source is not None and self._source is not None:
+                differences = "; ".join([differences, *islice(self.run.source.differences(self._source), 5)])
             raise RunDirError(
                 f"{self.path} belongs to another run: {differences}",
                 hint=hint or "Give another directory with -o, or --fresh to move that run aside and start again.",
@@ -714,8 +736,8 @@ def _move_aside(path: Path) -> None:
                     code="run_dir_not_movable",
                 ) from error
             raise
-        _sync_directory(aside)
-        _sync_directory(here)
+        sync_directory(aside)
+        sync_directory(here)
     log.info("moved the run in %s to %s", path, aside)
 
 
@@ -769,11 +791,11 @@ def sort_results(path: Path) -> None:
     """
     if not path.exists():
         return
-    numbers, offsets, lengths = _read_index(path)
+    numbers, offsets, lengths = read_index(path)
     if (numbers[1:] >= numbers[:-1]).all():
         return
     order = np.argsort(numbers, kind="stable")
-    with _replacing(path) as target:
+    with replacing(path) as target:
         _copy_lines(path, offsets[order], lengths[order], target)
 
 
@@ -846,12 +868,12 @@ def _append_replaced(path: Path, numbers: Int64, noted: int) -> int:
         target.seek(0, os.SEEK_END)
         for source in (path / RESULTS, path / ERRORS):
             if source.exists():
-                there, offsets, lengths = _read_index(source)
+                there, offsets, lengths = read_index(source)
                 taken = np.isin(there, numbers)
                 _copy_lines(source, offsets[taken], lengths[taken], target)
         target.flush()
         os.fsync(target.fileno())
-        _sync_directory(path)
+        sync_directory(path)
         return target.tell()
 
 
@@ -859,15 +881,15 @@ def _drop_lines(path: Path, numbers: Int64) -> None:
     """Write a file of result or error lines anew, without those of some lines of the job."""
     if not path.exists():
         return
-    there, offsets, lengths = _read_index(path)
+    there, offsets, lengths = read_index(path)
     kept = ~np.isin(there, numbers)
     if kept.all():
         return
-    with _replacing(path) as target:
+    with replacing(path) as target:
         _copy_lines(path, offsets[kept], lengths[kept], target)
 
 
-def _read_index(path: Path) -> tuple[Int64, Int64, Int64]:
+def read_index(path: Path) -> tuple[Int64, Int64, Int64]:
     """Line of the job, offset and length of each line of a file; 24 bytes of memory a line, while it is read 16."""
     numbers, ends = array("q"), array("q", [0])
     for offset, length, number, _ in _scan(path):
@@ -916,7 +938,7 @@ class ResultSink:
         self._results = _LineFile(path / RESULTS, recovered.results.size)
         self._errors = _LineFile(path / ERRORS, recovered.errors.size)
         with output_errors(path):
-            _sync_directory(path)
+            sync_directory(path)
         self._flush_seconds = flush_seconds
         self._flush_results = flush_results
         self._check = check

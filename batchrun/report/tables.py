@@ -89,13 +89,14 @@ class _Section(NamedTuple):
     style: str = ""
 
 
-def print_summary(console: Console, report: Report, run_dir: Path) -> None:
+def print_summary(console: Console, report: Report, run_dir: Path, results: str | None = None) -> None:
     """Show what a run did, its outcome first.
 
     Args:
         console: where to.
         report: of the run.
         run_dir: the directory that its files are in.
+        results: the file elsewhere that a finished run's answers are in; None: there is none.
     """
     counts, seconds, throughput = report.request_counts, report.seconds, report.throughput
     style = "bold red" if counts.failed else "bold yellow" if counts.remaining else "bold green"
@@ -120,7 +121,10 @@ def print_summary(console: Console, report: Report, run_dir: Path) -> None:
     warnings = _warning_rows(report.warnings[:_WARNINGS_SHOWN])
     if (more := len(report.warnings) - _WARNINGS_SHOWN) > 0:
         warnings.append(_Row("", f"and {plural(more, 'more warning')} in report.html"))
-    files = ["results.jsonl", "errors.jsonl", "report.html"] if counts.failed else ["results.jsonl", "report.html"]
+    names = ["results.jsonl", "errors.jsonl", "report.html"] if counts.failed else ["results.jsonl", "report.html"]
+    files = [str(run_dir / name) for name in names]
+    if results is not None and not counts.remaining:
+        files.append(results)
 
     _print(console, Text(outcome(counts), style=style))
     _print(console, Text())
@@ -138,7 +142,7 @@ def print_summary(console: Console, report: Report, run_dir: Path) -> None:
             _Section("Answers", _count_rows(report.finish_reasons)),
             _Section("Errors", _count_rows(report.errors), "red"),
             _Section("Warnings", warnings, "yellow"),
-            _Section("Files", [_Row("", printable(str(run_dir / name), limit=4096)) for name in files]),
+            _Section("Files", [_Row("", printable(file, limit=4096)) for file in files]),
         ],
     )
 

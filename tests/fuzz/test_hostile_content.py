@@ -63,7 +63,11 @@ def test_a_run_of_hostile_ids_has_the_files_of_any_run_and_shows_only_text(tmp_p
     shown = CliRunner().invoke(app, ["run", "jobs.jsonl", "--model", str(model_dir())], catch_exceptions=False)
     assert shown.exit_code == 3
     assert all(letter.isprintable() or letter == "\n" for letter in shown.output)
-    of_a_run = {"lock", *RUN_FILES} - {"job.jsonl", "replaced.jsonl"}  # those of standard input and of a retry
+    of_a_run = {"lock", *RUN_FILES} - {
+        "job.jsonl",
+        "columns.parquet",
+        "replaced.jsonl",
+    }  # those of standard input and of a retry
     assert set(files(tmp_path)) == {"jobs.jsonl", "jobs.run", *(f"jobs.run/{name}" for name in of_a_run)}
 
     out = tmp_path / "jobs.run"
