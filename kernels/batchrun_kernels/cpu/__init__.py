@@ -25,7 +25,7 @@ import numpy.typing as npt
 import torch
 
 _SOURCES = [Path(__file__).with_name(name) for name in ("numbers.h", "attention.c", "layer.c", "linear.c")]
-_FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fopenmp", "-fPIC", "-shared")
+_FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=gnu11", "-fopenmp", "-fPIC", "-shared")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _VECTORS = 96  # query vectors of a block at most: their results and a chunk of KV stay in the second cache
 _FEWEST_VECTORS = 12  # and at least: keys are turned once a block
@@ -97,7 +97,7 @@ class AttentionWork:
         blocks = -(-rows // height)
         # As many as can be shared out evenly.
         blocks += next(more for more in range(self.threads) if (blocks + more) * kv_heads % self.threads == 0)
-        height = -(-rows // blocks)
+        height = -(-rows // max(blocks, 1)) or 1
         low, high = reads.first_row // height, (reads.first_row + reads.rows - 1) // height
         count = high - low + 1
         entry = np.repeat(np.arange(count.size), count)
