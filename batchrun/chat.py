@@ -6,18 +6,24 @@ How a model writes them is told by its chat template, which has to write them to
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
-from batchrun.request import ToolCall
+from batchrun.request import Grammar, ToolCall
 
 _THINK, _THOUGHT = "<think>", "</think>"
-_HERMES = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
-_MISTRAL = "[TOOL_CALLS]"
+_HERMES, _HERMES_END = "<tool_call>", "</tool_call>"
+_MISTRAL, _MISTRAL_ARGUMENTS = "[TOOL_CALLS]", "[ARGS]"
 _MISTRAL_NAMED = re.compile(r"\s*([\w.-]+)(?:\[CALL_ID\][^\[{]*)?\[ARGS\]\s*")
 _PYTHON_TAG = "<|python_tag|>"
+# What may be a special token: a grammar has to ask for it by its id then.
+_MARKS = re.compile("|".join(map(re.escape, (_HERMES, _HERMES_END, _MISTRAL, _MISTRAL_ARGUMENTS))))
+# Space in a call is no part of it, so there is no more of it than models write.
+_GUIDANCE = {"whitespace_flexible": False, "key_separator": ": ?", "item_separator": ", ?"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,23 +41,87 @@ class ChatAnswer:
     tool_calls: tuple[ToolCall, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _Calls:
+    """How a family of models writes calls of tools.
+
+    Attributes:
+        read: takes a text apart: what is left of it, and its calls; None where it has none.
+        call: what stands before and behind the arguments of a call, by the name of its function.
+        begin, between, end: what stands before all calls, between two, and behind all.
+    """
+
+    read: Callable[[str], tuple[str, tuple[ToolCall, ...]] | None]
+    call: Callable[[str], tuple[str, str]]
+    begin: str = ""
+    between: str = ""
+    end: str = ""
+
+
+class UnknownFormat(ValueError):
+    """How the model writes calls of tools is not known."""
+
+
 class ChatReader:
-    """Takes answers apart as the model of a chat template writes them.
+    """Takes answers apart as the model of a chat template writes them, and says what they must be a text of where they
+    have to be of such parts.
 
     Args:
         template: the chat template, or None.
+        special_tokens: ids of the special tokens, by their texts.
     """
 
-    def __init__(self, template: str | None) -> None:
+    def __init__(self, template: str | None, special_tokens: Mapping[str, int] | None = None) -> None:
         template = template or ""
         self.thinks = _THOUGHT in template
-        self._calls: Callable[[str], tuple[str, tuple[ToolCall, ...]] | None] | None = None
-        if _MISTRAL in template:
-            self._calls = _mistral
-        elif "<tool_call>" in template:
-            self._calls = _hermes
-        elif '"parameters"' in template and ("python_tag" in template or "ipython" in template):
-            self._calls = _llama
+        self._special = special_tokens or {}
+        self._calls = _calls_of(template)
+        self._in_chat = lru_cache(maxsize=4096)(self._in_chat_anew)  # most lines say the same
+
+    def in_chat(self, grammar: Grammar, prompt_end: str) -> Grammar:
+        """The grammar of an answer whose content, or whose calls of tools, are to follow `grammar`.
+
+        Args:
+            prompt_end: the end of the prompt's text, which tells whether the model is thinking there, or has been.
+
+        Raises:
+            UnknownFormat: calls are wanted, and how the model writes them is not known.
+        """
+        end = prompt_end.rstrip()
+        return self._in_chat(grammar, self.begins_in_thought(end), end.endswith(_THOUGHT))
+
+    def _in_chat_anew(self, grammar: Grammar, in_thought: bool, has_thought: bool) -> Grammar:
+        if grammar.kind == "tools":
+            grammar = self._forced_calls(**json.loads(grammar.text))
+        if not self.thinks or has_thought:
+            return grammar
+        thought = {"begin": "" if in_thought else _THINK, "end": _THOUGHT, "optional": not in_thought}
+        return Grammar("thought", json.dumps({**thought, "then": grammar}, ensure_ascii=False))
+
+    def _forced_calls(self, tools: list[tuple[str, Any]], many: bool) -> Grammar:
+        form = self._calls
+        if form is None:
+            raise UnknownFormat(
+                "how this model writes calls of tools is not known from its chat template, so it cannot be made to "
+                'write one; "auto" and "none" are supported'
+            )
+        pieces = {name: self._pieces(getattr(form, name)) for name in ("begin", "between", "end")}
+        calls = []
+        for name, schema in tools:
+            before, behind = map(self._pieces, form.call(name))
+            guided = {**schema, "x-guidance": {**_GUIDANCE, **schema.get("x-guidance", {})}}
+            calls.append([*before, guided, *behind])
+        return Grammar("calls", json.dumps({**pieces, "calls": calls, "many": many}, ensure_ascii=False))
+
+    def _pieces(self, text: str) -> list[str | int]:
+        """A text, with the ids of special tokens in place of theirs."""
+        pieces: list[str | int] = []
+        at = 0
+        for mark in _MARKS.finditer(text):
+            if (token := self._special.get(mark[0])) is not None:
+                pieces += [text[at : mark.start()], token]
+                at = mark.end()
+        return [piece for piece in (*pieces, text[at:]) if piece != ""]
 
     def begins_in_thought(self, prompt_end: str) -> bool:
         """Whether a prompt that ends so leaves the model thinking."""
@@ -67,7 +137,7 @@ class ChatReader:
         """
         reasoning, content = self._thought(text, in_thought)
         if whole is not None and self._calls is not None:
-            found = self._calls(self._thought(whole, in_thought)[1])
+            found = self._calls.read(self._thought(whole, in_thought)[1])
             if found is not None:
                 return ChatAnswer(found[0], reasoning, found[1])
         return ChatAnswer(content, reasoning, ())
@@ -84,14 +154,36 @@ class ChatReader:
         return thought.strip("\n"), content.lstrip("\n")
 
 
+def _calls_of(template: str) -> _Calls | None:
+    """How calls are written by the model of a template; None where it is not known."""
+    if _MISTRAL in template and _MISTRAL_ARGUMENTS in template:
+        return _Calls(_mistral, lambda name: (f"{_MISTRAL}{name}{_MISTRAL_ARGUMENTS}", ""))
+    if _MISTRAL in template:
+        return _Calls(_mistral, _object("arguments"), begin=f"{_MISTRAL}[", between=", ", end="]")
+    if _HERMES in template and "<function=" not in template:  # Qwen3-Coder's are XML
+        return _Calls(_hermes, _object("arguments", f"{_HERMES}\n", f"\n{_HERMES_END}"), between="\n")
+    if '"parameters"' in template and ("python_tag" in template or "ipython" in template):
+        return _Calls(_llama, _object("parameters"), between="; ")
+    return None
+
+
+def _object(arguments: str, before: str = "", behind: str = "") -> Callable[[str], tuple[str, str]]:
+    return lambda name: (f'{before}{{"name": {json.dumps(name, ensure_ascii=False)}, "{arguments}": ', "}" + behind)
+
+
 def _hermes(text: str) -> tuple[str, tuple[ToolCall, ...]] | None:
     """Nous Hermes and Qwen: `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, one or more."""
-    found = list(_HERMES.finditer(text))
-    calls = [_call(_loads(match[1])) for match in found]
-    sound = tuple(call for call in calls if call is not None)
-    if not sound or len(sound) < len(calls):
-        return None
-    return text[: found[0].start()].rstrip("\n"), sound
+    content, mark, rest = text.partition(_HERMES)
+    calls = []
+    while mark:
+        value, rest = _first_value(rest)
+        call = _call(value)
+        # The last one may be ended by the answer's end. (A text in its arguments may have the mark in it too.)
+        if call is None or not (rest.startswith(_HERMES_END) or not rest):
+            return None
+        calls.append(call)
+        _, mark, rest = rest.removeprefix(_HERMES_END).partition(_HERMES)
+    return (content.rstrip("\n"), tuple(calls)) if calls else None
 
 
 def _mistral(text: str) -> tuple[str, tuple[ToolCall, ...]] | None:
@@ -101,9 +193,12 @@ def _mistral(text: str) -> tuple[str, tuple[ToolCall, ...]] | None:
     if isinstance(listed := _loads(rest), list):
         calls = [_call(one) for one in listed]
     else:
-        for part in rest.split(_MISTRAL):
-            named = _MISTRAL_NAMED.match(part)
-            calls.append(_call({"name": named[1], "arguments": _loads(part[named.end() :])}) if named else None)
+        while rest and None not in calls:
+            named = _MISTRAL_NAMED.match(rest)
+            arguments, rest = _first_value(rest[named.end() :]) if named else (None, "")
+            is_whole = not rest or rest.startswith(_MISTRAL)
+            calls.append(_call({"name": named[1], "arguments": arguments}) if named and is_whole else None)
+            rest = rest.removeprefix(_MISTRAL)
     sound = tuple(call for call in calls if call is not None)
     return (content, sound) if sound and len(sound) == len(calls) else None
 
@@ -117,23 +212,35 @@ def _llama(text: str) -> tuple[str, tuple[ToolCall, ...]] | None:
 
 
 def _objects(text: str) -> Iterator[Any]:
-    """The JSON values of a text that is nothing else; None for what is none."""
-    decoder = json.JSONDecoder()
+    """The JSON values of a text that is nothing else, with semicolons between them; None for what is none."""
     while text:
-        try:
-            value, end = decoder.raw_decode(text)
-        except (ValueError, RecursionError):
-            yield None
-            return
+        value, text = _first_value(text)
         yield value
-        text = text[end:].lstrip().removeprefix(";").lstrip()
+        text = text.removeprefix(";").lstrip()
+
+
+def _first_value(text: str) -> tuple[Any, str]:
+    """The JSON value that a text begins with, and the text behind it; None and nothing where it begins with none."""
+    try:
+        value, end = _DECODER.raw_decode(text := text.lstrip())
+    except (ValueError, RecursionError):
+        return None, ""
+    return value, text[end:].lstrip()
 
 
 def _loads(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
+    value, rest = _first_value(text)
+    return None if rest else value
+
+
+def _finite(number: str) -> float:
+    """JSON can write numbers that it could not be given back as."""
+    if math.isinf(value := float(number)):
+        raise ValueError(number)
+    return value
+
+
+_DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
 
 
 def _call(value: Any) -> ToolCall | None:

@@ -110,7 +110,7 @@ class Grammars:
         from llguidance import LLMatcher
 
         try:
-            text = _OPTIONS + _lark(grammar)
+            text = _source(grammar)
         except Exception as error:  # what the library raises is not documented
             return _short(str(error))
         matcher = LLMatcher(self._tokenizer, text, log_level=0)
@@ -136,10 +136,19 @@ class _Vocabulary:
         raise NotImplementedError("nothing is tokenised: the library is to write no text of its own")
 
 
+def _source(grammar: Grammar) -> str:
+    """A grammar as llguidance takes it."""
+    if grammar.kind == "thought":
+        return _behind_thought(**json.loads(grammar.text))
+    return _OPTIONS + _lark(grammar)
+
+
 def _lark(grammar: Grammar) -> str:
     """A grammar in llguidance's own dialect of Lark."""
     if grammar.kind == "json":
         return f"start: %json {grammar.text}"
+    if grammar.kind == "calls":
+        return _calls(**json.loads(grammar.text))
     if grammar.kind == "regex":
         from llguidance import LLMatcher
 
@@ -147,10 +156,41 @@ def _lark(grammar: Grammar) -> str:
         return str(compiled["lark_grammar"])
     if grammar.kind == "choice":
         choices = json.loads(grammar.text)
-        return "start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
+        return "start: " + " | ".join(map(_literal, choices))
     from llguidance.gbnf_to_lark import any_to_lark
 
     return str(any_to_lark(grammar.text))
+
+
+def _calls(
+    begin: list[str | int], between: list[str | int], end: list[str | int], calls: list[list[Any]], many: bool
+) -> str:
+    """Calls of tools, one at least; each piece of them is a text, the id of a special token, or a JSON schema."""
+    more = f"({_pieces(between)} call)*" if many else ""
+    return f"start: {_pieces(begin)} call {more} {_pieces(end)}\ncall: " + "\n  | ".join(map(_pieces, calls))
+
+
+def _pieces(pieces: Sequence[Any]) -> str:
+    return " ".join(
+        f"<[{piece}]>" if isinstance(piece, int) else _literal(piece) if isinstance(piece, str) else _schema(piece)
+        for piece in pieces
+    )
+
+
+def _literal(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _schema(schema: dict[str, Any]) -> str:
+    return f"%json {json.dumps(schema, ensure_ascii=False)}"
+
+
+def _behind_thought(begin: str, end: str, optional: bool, then: tuple[str, str]) -> str:
+    """A grammar behind a thought, in the library's form for grammars that have others in them."""
+    top = f"start: thought{'?' if optional else ''} @answer\n"
+    top += f"thought: {_literal(begin) if begin else ''} rest /\\n{{0,2}}/\nrest[suffix={_literal(end)}]: /(.|\\n)*/"
+    parts = [{"lark_grammar": _OPTIONS + top}, {"name": "answer", "lark_grammar": _OPTIONS + _lark(Grammar(*then))}]
+    return json.dumps({"grammars": parts}, ensure_ascii=False)
 
 
 def _short(message: str) -> str:

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from batchrun.chat import ChatReader, UnknownFormat
 from batchrun.config import RunConfig, derive_seed, resolve_max_tokens, resolve_sampling
 from batchrun.grammar import Grammars
-from batchrun.request import Endpoint, JobLine, LineFault, LineOptions, Requests, SamplingParams, TextColumn
+from batchrun.request import Endpoint, Grammar, JobLine, LineFault, LineOptions, Requests, SamplingParams, TextColumn
 from batchrun.specs import ModelSpec
 from batchrun.tokenizer import Int32, PromptEncoder, Tokenizer
 from batchrun.tokens import TokenTableBuilder
@@ -22,7 +23,7 @@ _NO_TEMPLATE = "the model has no chat template; give one with --chat-template FI
 # Characters, or token ids, tokenised at once: enough for all cores, and little memory (the tokenizer takes some 100
 # bytes a token for a while).
 _BATCH = 1 << 20
-_LINE = 64  # what a line counts for besides its prompts
+_LINE = 512  # what a line counts for besides its prompts: its objects, of which a short one has more than text
 
 Prompts = tuple[str | tuple[int, ...], ...]  # of one line, as texts or as token ids
 
@@ -99,44 +100,59 @@ def read_requests(
     def grammars() -> Grammars:  # only where a line has one
         return Grammars(tokenizer.vocabulary(spec.vocab_size))
 
-    def refusal(line: JobLine) -> LineFault | None:
-        """Why the grammar of a line cannot be followed."""
-        options = line.options
-        if options.grammar is None:
-            return None
-        reason = grammars().fault(options.grammar)
-        if reason is not None:
-            reason = f"it cannot be compiled: {reason}"
-        elif not sampling_of(options).ends(eos_token_ids):
-            reason = "no token may end the answer: leave ignore_eos out, or give stop_token_ids"
-        else:
-            return None
-        message = f"{options.grammar_field}: {reason}"
-        return LineFault(line.number, line.custom_id, "invalid_request", message, options.grammar_field)
+    reader = ChatReader(tokenizer.chat_template, tokenizer.special_tokens)
+
+    def followed(line: JobLine, grammar: Grammar, written: Prompts) -> LineOptions | LineFault:
+        """The options of a line with its grammar as this model's answer follows it, or why it cannot follow it."""
+        options, name = line.options, line.options.grammar_field
+        code = "invalid_request"
+        try:
+            if line.endpoint is Endpoint.CHAT:
+                grammar = reader.in_chat(grammar, str(written[0]))
+            reason = grammars().fault(grammar)
+            if reason is not None:
+                reason = f"it cannot be compiled: {reason}"
+            elif not sampling_of(options).ends(eos_token_ids):
+                reason = "no token may end the answer: leave ignore_eos out, or give stop_token_ids"
+            else:
+                return replace(options, grammar=grammar)
+        except UnknownFormat as unknown:
+            code, reason = "unsupported_field", str(unknown)
+        return LineFault(line.number, line.custom_id, code, f"{name}: {reason}", name)
 
     encoder = PromptEncoder(tokenizer)
     for batch in _batches(lines, tokenizer):
-        for (line, _), prompts in zip(batch, _encode(batch, encoder), strict=True):
-            if not isinstance(prompts, LineFault):
+        for (line, written), prompts in zip(batch, _encode(batch, encoder), strict=True):
+            options = line.options
+            fault: LineFault | None = None
+            if isinstance(prompts, LineFault):
+                fault = prompts
+            else:
                 prompts = _truncated(line, prompts, spec)
-            fault = prompts if isinstance(prompts, LineFault) else _fault(line, prompts, spec) or refusal(line)
+                fault = _fault(line, prompts, spec)
+            if fault is None and options.grammar is not None and not isinstance(written, LineFault):
+                answer = followed(line, options.grammar, written)
+                if isinstance(answer, LineFault):
+                    fault = answer
+                else:
+                    options = answer
             if fault is not None:
                 faults.append(fault)
                 continue
             assert not isinstance(prompts, LineFault)
             defaulted = cut = False
             # A line of several prompts has the choices of the first first.
-            for choice, ids in enumerate(ids for ids in prompts for _ in range(line.options.n or 1)):
+            for choice, ids in enumerate(ids for ids in prompts for _ in range(options.n or 1)):
                 limit, defaulted, clip = resolve_max_tokens(
-                    line.options, line.endpoint, len(ids), config.max_tokens, spec.max_context
+                    options, line.endpoint, len(ids), config.max_tokens, spec.max_context
                 )
                 columns.tokens.append(ids)
                 columns.line.append(len(columns.custom_ids))
-                columns.sampling_id.append(sampling_id(line.options))
+                columns.sampling_id.append(sampling_id(options))
                 columns.max_new_tokens.append(limit)
                 # By the line's number, so that no other line, bad or resumed, changes it.
-                columns.seed.append(derive_seed(config.seed, line.number, choice, line.options.seed))
-                columns.expected_tokens.append(min(line.options.expected_tokens or 0, limit))
+                columns.seed.append(derive_seed(config.seed, line.number, choice, options.seed))
+                columns.expected_tokens.append(min(options.expected_tokens or 0, limit))
                 columns.defaulted.append(defaulted and line.endpoint is Endpoint.CHAT)
                 cut |= clip
             silent += defaulted

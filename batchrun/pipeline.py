@@ -53,6 +53,7 @@ from batchrun.formats.rundir import (
 from batchrun.models import load_device_spec
 from batchrun.prefix.doctor import Diagnosis, diagnose
 from batchrun.prefix.explain import Explanation, SharedRuns, Timetable, explain, shared_runs
+from batchrun.prefix.forest import PrefixForest
 from batchrun.prepare import (
     Prepared,
     Simulated,
@@ -241,7 +242,7 @@ def plan_job(job: str, config: RunConfig, *, explain_line: str | None = None, do
     lint = lint_job(source, config.limit)
     _refuse_unrunnable(lint.faults, lint.total, config)
     _refuse_mismatch(lint, subject, config)
-    prepared = prepare(subject, sound_lines(source, config.limit), config)
+    prepared, forest = prepare(subject, sound_lines(source, config.limit), config)
     _refuse_unrunnable(prepared.faults, lint.total, config)
     faults = sorted([*lint.faults, *prepared.faults], key=lambda fault: fault.number)
     total = lint.total
@@ -251,7 +252,7 @@ def plan_job(job: str, config: RunConfig, *, explain_line: str | None = None, do
         _refuse_unknown(explain_line, [*prepared.answers.custom_ids, *(fault.custom_id for fault in faults)])
     prepared, orders = choose_order(prepared)
     simulated = simulate(prepared)
-    requests, forest, decode = prepared.requests, prepared.forest, prepared.tokenizer.decode
+    requests, decode = prepared.requests, prepared.tokenizer.decode
     return Planned(
         plan=plan_file(prepared, simulated, orders, subject, fingerprint_of(subject, lint.fingerprint, config)),
         faults=faults,
@@ -260,12 +261,14 @@ def plan_job(job: str, config: RunConfig, *, explain_line: str | None = None, do
         runs=shared_runs(forest, requests.tokens.ids, decode),
         computed_once=len(prepared.plan.groups),
         steps=simulated.log.columns,
-        explanation=_explain(explain_line, prepared, simulated, faults) if explain_line is not None else None,
+        explanation=_explain(explain_line, prepared, forest, simulated, faults) if explain_line is not None else None,
         diagnosis=diagnose(requests, forest, decode) if doctor else None,
     )
 
 
-def _explain(custom_id: str, prepared: Prepared, simulated: Simulated, faults: list[LineFault]) -> Explanation:
+def _explain(
+    custom_id: str, prepared: Prepared, forest: PrefixForest, simulated: Simulated, faults: list[LineFault]
+) -> Explanation:
     """What is planned for one line."""
     plan, requests = prepared.plan, prepared.requests
     timetable = Timetable(
@@ -282,7 +285,7 @@ def _explain(custom_id: str, prepared: Prepared, simulated: Simulated, faults: l
         faults,
         prepared.answers,
         requests,
-        prepared.forest,
+        forest,
         plan.groups,
         timetable,
         prepared.tokenizer.decode,
@@ -322,7 +325,7 @@ def run_job(
         _refuse_unrunnable(lint.faults, lint.total, config)
         _refuse_mismatch(lint, subject, config)
         if config.strict:  # all or none: what only the tokenizer can refuse is found before anything is written
-            faults = prepare(subject, sound_lines(source, config.limit), config).faults
+            faults = prepare(subject, sound_lines(source, config.limit), config)[0].faults
             _refuse_unrunnable(faults, lint.total, config)
         fingerprint = fingerprint_of(subject, lint.fingerprint, config)
         place = job if job == "-" else str(source.path.absolute())
@@ -473,7 +476,7 @@ class Run:
         lines = recovered.unfinished(sound_lines(self.source, self.config.limit))
         if self.limit_again is not None:
             lines = _limited(lines, set(recovered.replaced.tolist()), self.limit_again)
-        prepared = prepare(self.subject, lines, config, device)
+        prepared = prepare(self.subject, lines, config, device)[0]
         self.seconds |= prepared.seconds
         self._refuse(sink, prepared.faults)
         if prepared.faults:

@@ -54,7 +54,6 @@ class Prepared:
     tokenizer: Tokenizer
     requests: Requests
     answers: Answers
-    forest: PrefixForest
     plan: Plan
     cost: CostModel
     faults: list[LineFault]
@@ -76,11 +75,14 @@ class Prepared:
 
 def prepare(
     subject: Subject, lines: Iterator[JobLine], config: RunConfig, device: DeviceSpec | None = None
-) -> Prepared:
+) -> tuple[Prepared, PrefixForest]:
     """Tokenise, find the forest, plan.
 
     Args:
         device: to plan for; if None, the one that the configuration names.
+
+    Returns:
+        The job, and the forest of its requests, which to run them nobody needs.
     """
     began = perf_counter()
     tokenizer = load_tokenizer(subject.model.path, config.chat_template)
@@ -101,11 +103,10 @@ def prepare(
         probe=config.scheduler.probe,
     )
     fitting = plan_what_fits(intake, cost, budget, options, deduplicate=config.scheduler.deduplicate)
-    return Prepared(
+    prepared = Prepared(
         tokenizer=tokenizer,
         requests=fitting.requests,
         answers=fitting.answers,
-        forest=fitting.forest,
         plan=fitting.plan,
         cost=cost,
         faults=sorted([*intake.faults, *fitting.faults], key=lambda fault: fault.number),
@@ -114,6 +115,7 @@ def prepare(
         clipped_to_pool=fitting.clipped,
         seconds={"tokenize": tokenized - began, "plan": perf_counter() - tokenized},
     )
+    return prepared, fitting.forest
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,9 +268,8 @@ def _part(prepared: Prepared, most: int) -> tuple[Prepared, npt.NDArray[np.int64
     lines = np.unique(requests.line[inside[of_request]]).astype(np.int64)
     rows = np.flatnonzero(np.isin(requests.line, lines))
     taken = requests.take_lines(lines)
-    forest = build_forest(taken.tokens)
-    plan = make_plan(taken, forest, prepared.cost, prepared.plan.budget, options)
-    return replace(prepared, requests=taken, forest=forest, plan=plan), rows
+    plan = make_plan(taken, build_forest(taken.tokens), prepared.cost, prepared.plan.budget, options)
+    return replace(prepared, requests=taken, plan=plan), rows
 
 
 def _expected_rows(prepared: Prepared) -> int:

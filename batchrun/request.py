@@ -28,17 +28,29 @@ class Endpoint(StrEnum):
 
 
 class FinishReason(StrEnum):
-    """Why an answer ended: by itself (end of text, stop string, stop token), or by its token limit."""
+    """Why an answer ended: by itself (end of text, stop string, stop token), or by its token limit. Result lines say
+    `tool_calls` of one that ended by itself and calls tools of its own choice."""
 
     STOP = "stop"
     LENGTH = "length"
+    TOOL_CALLS = "tool_calls"
+
+
+class ToolChoice(StrEnum):
+    """Whether an answer may call tools, must call some, or must call the one that is named."""
+
+    AUTO = "auto"
+    REQUIRED = "required"
+    NAMED = "named"
 
 
 class Grammar(NamedTuple):
     """What an answer must be a text of.
 
     Attributes:
-        kind: `json` (a JSON schema), `regex`, `choice` (a list of texts in JSON) or `grammar` (Lark or GBNF).
+        kind: `json` (a JSON schema), `regex`, `choice` (a list of texts in JSON), `grammar` (Lark or GBNF), or `tools`
+            (calls of some functions, in JSON). What depends on how a model writes a chat (`chat.ChatReader.in_chat`) is
+            `calls`, as this model writes them, and `thought`, another grammar behind a thought.
         text: in the words of its kind.
     """
 
@@ -72,7 +84,8 @@ class SamplingParams:
     skip_special_tokens: bool = True
     echo: bool = False  # whether the text begins with the prompt
     n: int = 1  # answers to a prompt
-    tool_calls: bool = False  # whether calls of tools are looked for in the text
+    tool_choice: ToolChoice | None = None  # whose calls are looked for in the text; None: nobody's
+    parallel_tool_calls: bool = True  # whether there may be more than one
     grammar: Grammar | None = None  # what the answer must be a text of
 
     @property
@@ -116,7 +129,8 @@ class LineOptions:
     skip_special_tokens: bool | None = None
     echo: bool | None = None
     n: int | None = None  # answers to each prompt
-    tool_calls: bool | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     grammar: Grammar | None = None
     grammar_field: str | None = None  # the field that has it
     truncate_prompt_tokens: int | None = None  # the last so many tokens of a prompt count; -1: as many as fit

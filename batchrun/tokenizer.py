@@ -98,6 +98,11 @@ class Tokenizer:
         template = self._fast.chat_template
         return template if isinstance(template, str) else None
 
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """The special tokens, by what is written for them where they are not left out."""
+        return {token.content: id for id, token in self._fast.added_tokens_decoder.items() if token.special}
+
     def vocabulary(self, size: int) -> list[bytes]:
         """The bytes that each token below `size` adds to a text; none for special tokens and where there is none."""
         if self._vocabulary is None:
@@ -180,12 +185,18 @@ class PromptEncoder:
     """Token ids of the prompts of a job: what is certain to be tokenised alike is tokenised once.
 
     Identical texts are, and identical sections of different ones: the system prompt of a chat, for instance
-    (`SectionStarts`). The sections used last are kept, up to a number of bytes.
+    (`SectionStarts`). Short ones are known within a call only: to keep one takes more memory than it has text, and
+    about the time to tokenise it again.
+
+    Args:
+        kept_bytes: memory for sections that are kept for later calls, those used last.
+        kept_from: characters from which on a section is kept.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, kept_bytes: int = 64 << 20) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, kept_bytes: int = 64 << 20, kept_from: int = 256) -> None:
         self._tokenizer = tokenizer
         self._starts = tokenizer.section_starts()
+        self._kept_from = kept_from
         self._kept: OrderedDict[tuple[bool, str], Int32] = OrderedDict()  # the one used last is last
         self._bytes_left = kept_bytes
 
@@ -213,8 +224,9 @@ class PromptEncoder:
             new, self._tokenizer.encode_batch(new, add_special_tokens=add_special_tokens), strict=True
         ):
             known[section] = ids = np.fromiter(row, dtype=np.int32, count=len(row))
-            self._kept[add_special_tokens, section] = ids
-            self._bytes_left -= _kept_bytes(section, ids)
+            if len(section) >= self._kept_from:
+                self._kept[add_special_tokens, section] = ids
+                self._bytes_left -= _kept_bytes(section, ids)
         while self._bytes_left < 0:
             (_, section), ids = self._kept.popitem(last=False)
             self._bytes_left += _kept_bytes(section, ids)

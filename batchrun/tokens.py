@@ -98,4 +98,6 @@ class TokenTableBuilder:
 def concat_ranges(low: npt.NDArray[np.integer[Any]], size: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.int64]:
     """`[low[0], low[0] + 1, ..., low[1], ...]`: the given ranges one after another, int64 `[sum of size]`."""
     ends = np.cumsum(size, dtype=np.int64)
-    return np.arange(ends[-1] if ends.size else 0) + np.repeat(low - (ends - size), size)
+    ranges = np.repeat(low - (ends - size), size)
+    ranges += np.arange(ranges.size)
+    return ranges

@@ -189,7 +189,9 @@ MEANINGS = {
     "answer's tokens by the model's own distribution, before penalties, temperature and whatever cuts it.",
     "tools": "Functions that the model may call: the chat template gets them, and calls in the answer become "
     "`message.tool_calls`.",
-    "tool_choice": "`none` is as if there were no `tools`.",
+    "tool_choice": "`none` is as if there were no `tools`. `required`: the answer is calls of them, one at least; "
+    "with a function's name it is one call of that ([calls of tools](sampling.md#calls-of-tools)).",
+    "parallel_tool_calls": "Whether an answer may call more than one function.",
     "chat_template_kwargs": "Further variables of the chat template.",
     "top_logprobs": "Of a chat with `logprobs`: likeliest tokens to name at each place.",
     "echo": "Of a completion: its text begins with the prompt. Not together with `logprobs`.",
@@ -287,10 +289,11 @@ well, and what it was stays in `replaced.jsonl`.
 RESULTS = """## results.jsonl
 
 Lines in OpenAI's batch output form, in the order in which requests finish (`--results-order input` sorts them at the
-end). `finish_reason` is `stop` or `length`; `cached_tokens` are the prompt tokens whose KV a shared prefix computed.
-Our own fields are under `batchrun`: the `line` of the job, its prefix-sharing `group` or null, the `seed` used for the
-first choice, `attempts`, how often it was tried, retries included, and `dedup_of`: the custom_id of the line whose
-answer this one got, since it must be the same, or null. One line, spread out:
+end). `finish_reason` is `stop`, `length` or `tool_calls` (of an answer that ended by itself and calls functions of its
+own choice); `cached_tokens` are the prompt tokens whose KV a shared prefix computed. Our own fields are under
+`batchrun`: the `line` of the job, its prefix-sharing `group` or null, the `seed` used for the first choice, `attempts`,
+how often it was tried, retries included, and `dedup_of`: the custom_id of the line whose answer this one got, since it
+must be the same, or null. One line, spread out:
 """
 
 ERRORS = """## errors.jsonl

@@ -246,6 +246,17 @@ def make_model(
     return path
 
 
+def load_reference(model: Path, **options: Any) -> Any:
+    """transformers' own model in a directory, in float32."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if getattr(AutoConfig.from_pretrained(model).get_text_config(), "attn_logit_softcapping", None):
+        # What it takes by itself left soft-caps out before 5.21.
+        options["attn_implementation"] = "eager"
+    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **options)
+
+
 def quantise_mxfp4(model: Path) -> None:
     """Put experts of 4-bit floats in blocks of 32 with a common exponent in place of those of a `gpt_oss` model."""
     import torch

@@ -46,7 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"errors", "specs", "request", "planning.order", "prefix.groups"},
     "models": {"config", "devices", "errors", "specs", "supported"},
     "subject": {"config", "devices", "errors", "models", "specs"},
-    "intake": {"config", "grammar", "request", "specs", "tokenizer", "tokens"},
+    "intake": {"chat", "config", "grammar", "request", "specs", "tokenizer", "tokens"},
     "prepare": {
         "config",
         "execution",

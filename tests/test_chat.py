@@ -171,7 +171,6 @@ def test_tools_and_variables_reach_the_template(run, model_dir):
                 {"id": f"text {name}", "prompt": tokenizer.encode(text, add_special_tokens=False), **greedy}
                 for name, text in rendered.items()
             ),
-            {"id": "required", "messages": [user], "tools": [TOOL], "tool_choice": "required"},
             {"id": "taken", "messages": [user], "chat_template_kwargs": {"tokenize": True}},
             {"id": "odd", "messages": [user], "tools": [{"name": "clock"}]},
         ]
@@ -184,9 +183,8 @@ def test_tools_and_variables_reach_the_template(run, model_dir):
         assert (message.content, chat["choices"][0]["message"].get("reasoning_content")) == (
             ("", said.strip("\n")) if name == "variables" else (said, None)
         )
-    errors = {name: found[name]["error"] for name in ("required", "taken", "odd")}
+    errors = {name: found[name]["error"] for name in ("taken", "odd")}
     assert {name: (error["code"], error["param"]) for name, error in errors.items()} == {
-        "required": ("unsupported_field", "tool_choice"),
         "taken": ("invalid_request", "chat_template_kwargs.tokenize"),
         "odd": ("invalid_request", "tools[0]"),
     }

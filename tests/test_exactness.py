@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from factories import ARCHITECTURES, QUANTISED, make_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, Mxfp4Config
+from factories import ARCHITECTURES, QUANTISED, load_reference, make_model
+from transformers import AutoTokenizer, Mxfp4Config
 
 import batchrun
 from batchrun.engine.sampler import uniform
@@ -113,8 +113,7 @@ def reference(model: Path) -> tuple[Any, Any]:
     options = (
         {"quantization_config": Mxfp4Config(dequantize=True)} if quantization.get("quant_method") == "mxfp4" else {}
     )
-    module = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **options)
-    return module, AutoTokenizer.from_pretrained(model)
+    return load_reference(model, **options), AutoTokenizer.from_pretrained(model)
 
 
 @cache
@@ -212,10 +211,9 @@ def test_memory_that_is_just_enough(model_dir: ModelFactory, run: Runner, archit
     options: dict[str, Any] = {"schedule_order": order, "scheduler": {"page_size": 1, "expected_tokens": 1}}
     answers, report = run(model, map(completion, MIXED), kv_memory=bytes_for(model, tokens), **options)
     assert answers == expected(model, MIXED)
-    assert report.preemptions > 0
     assert tokens - NEW_TOKENS <= report.kv.peak_pages <= tokens
-    if order in ("input", "shuffle"):
-        assert report.prefix_evictions > 0
+    # Where readers of a prefix are far apart it goes first; whether a request is put off too, its answers decide.
+    assert (report.prefix_evictions if order in ("input", "shuffle") else report.preemptions) > 0
 
 
 def test_memory_that_is_one_token_short_refuses_that_request_only(model_dir: ModelFactory, run: Runner) -> None:

@@ -607,7 +607,7 @@ def test_strict_refuses_what_only_the_tokenizer_finds_before_anything_is_written
 def planned_steps(job: Path, config: RunConfig) -> list[dict[str, Any]]:
     """The steps of the plan, as `steps.jsonl` would have them."""
     subject = Subject.resolve(config, weights=False)
-    prepared = prepare(subject, (line for line in read_job(open_job(job)) if isinstance(line, JobLine)), config)
+    prepared, _ = prepare(subject, (line for line in read_job(open_job(job)) if isinstance(line, JobLine)), config)
     steps: list[bytes] = []
     run_loop(
         Scheduler(prepared.plan, prepared.requests),

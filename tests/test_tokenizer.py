@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
+from packaging.version import Version
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from batchrun.errors import ModelRefused, UsageError
@@ -166,6 +168,11 @@ def encode_chat(tokenizer, messages) -> list[int]:
     return ids.tolist()
 
 
+def is_before(release: str) -> bool:
+    """Whether this transformers is older than a release."""
+    return Version(version("transformers")) < Version(release)
+
+
 every_kind = pytest.mark.parametrize("kind", KINDS)
 any_kind = st.sampled_from(list(KINDS))
 
@@ -187,6 +194,8 @@ def test_the_tokenizer_is_the_one_that_transformers_builds(kind, model_type, dec
 
     folder = saved(kind, model_type, declared)
     theirs = AutoTokenizer.from_pretrained(folder)
+    if is_before("5.22") and type(theirs).__name__ == "LlamaTokenizer" and kind in ("byte_level", "qwen"):
+        pytest.skip("before 5.22 transformers did not look into tokenizer.json for how a LlamaTokenizer splits text")
     tokenizer = load_tokenizer(folder)
     try:
         expected = [theirs(text)["input_ids"] for text in TEXTS]
@@ -274,7 +283,7 @@ def wrapped(tokenizer: Tokenizer) -> BatchrunTokenizer:
 
 def check_encoder(tokenizer: BatchrunTokenizer, texts: list[str], kept_bytes: int = 1 << 20) -> None:
     """Ids are those of the whole texts, whatever is remembered of the texts before."""
-    encoder = PromptEncoder(tokenizer, kept_bytes=kept_bytes)
+    encoder = PromptEncoder(tokenizer, kept_bytes=kept_bytes, kept_from=0)
     for add_special_tokens in (False, True, False):
         expected = tokenizer.encode_batch(texts, add_special_tokens=add_special_tokens)
         for some in (slice(0, None, 2), slice(None)):
@@ -433,13 +442,13 @@ def test_a_system_prompt_is_tokenised_once(kind):
             add_special_tokens=False,
         )
     assert sum(system["content"] in text for text in tokenizer.asked) == 1
-    assert len(tokenizer.asked) < 10 + 6  # the questions, and what the template puts around them
+    assert len(tokenizer.asked) < 10 + 2 * 6  # the questions, and in each batch what the template puts around them
 
 
 def test_identical_texts_are_tokenised_once():
     for whole in (Tokenizer(models.BPE()), byte_level()):
         tokenizer = Spied(wrapped(whole))
-        encoder = PromptEncoder(tokenizer)
+        encoder = PromptEncoder(tokenizer, kept_from=0)
         for _ in range(2):
             encoder.encode(["hello", "the cat", "hello"], add_special_tokens=True)
         assert sorted(tokenizer.asked) == ["hello", "the cat"]
@@ -447,7 +456,7 @@ def test_identical_texts_are_tokenised_once():
 
 def test_what_is_remembered_is_bounded_and_is_what_was_used_last():
     tokenizer = Spied(ours("byte_level"))
-    encoder = PromptEncoder(tokenizer, kept_bytes=10_000)
+    encoder = PromptEncoder(tokenizer, kept_bytes=10_000, kept_from=0)
     for i in range(200):
         encoder.encode([f"the cat {i}" + " sat" * 20, "hello"], add_special_tokens=False)
         held = sum(sys.getsizeof(text) + ids.nbytes for (_, text), ids in encoder._kept.items())
@@ -456,6 +465,14 @@ def test_what_is_remembered_is_bounded_and_is_what_was_used_last():
     encoder.encode(["long " * 10_000, "the cat 199" + " sat" * 20], add_special_tokens=False)
     assert tokenizer.asked.count("the cat 199" + " sat" * 20) == 1
     assert not encoder._kept
+
+
+def test_short_texts_are_known_within_a_call_only():
+    tokenizer = Spied(ours("byte_level"))
+    encoder = PromptEncoder(tokenizer, kept_from=10)
+    for _ in range(2):
+        encoder.encode(["a hat", "a hat", "the cat sat"], add_special_tokens=False)
+    assert sorted(tokenizer.asked) == ["a hat", "a hat", "the cat sat"]
 
 
 def test_texts_are_cut_in_front_of_tokens_that_stand_for_themselves():
@@ -551,6 +568,7 @@ def test_a_bpe_tokenizer_that_asks_for_clean_up_is_decoded_as_transformers_does(
     assert tokenizer.decode(ids) == theirs.decode(ids, skip_special_tokens=True) == "don ' t , stop ."
 
 
+@pytest.mark.skipif(is_before("5.18"), reason="before 5.18 transformers loaded it for any tokenizer")
 @pytest.mark.parametrize("declared", ["PreTrainedTokenizerFast", "LlamaTokenizer", "Qwen2Tokenizer", "GemmaTokenizer"])
 def test_tokenising_loads_no_torch(declared):
     folder = saved("mistral" if declared == "LlamaTokenizer" else "qwen", "llama", declared)

@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from batchrun_kernels.cpu import CpuKernels
+from batchrun_kernels.cpu import CompiledLayers, CpuKernels, LayerWeights
 from torch import nn
 from torch.nn import functional
 from transformers.activations import ACT2FN
@@ -24,7 +24,7 @@ from transformers.activations import ACT2FN
 from batchrun.engine.attention import attend
 from batchrun.engine.batch import Batch, CompiledBatch
 from batchrun.engine.kv_cache import KVCache
-from batchrun.engine.linear import is_plain, make_linear
+from batchrun.engine.linear import CompiledLinear, is_plain, make_linear
 
 # Models whose layers are known here; all of them add the same parts in the same order.
 DECODED = ("llama", "mistral", "qwen2", "qwen3")
@@ -55,6 +55,10 @@ class Decoder:
             self._layers.append(Layer(layer, kernels, last=i == len(base.layers) - 1))
             base.layers[i] = nn.Identity()  # not twice in memory
         self._head = make_linear(module.lm_head.weight, module.lm_head.bias, kernels)
+        weights = [layer.weights for layer in self._layers]
+        self._compiled = None
+        if kernels is not None and None not in weights:
+            self._compiled = CompiledLayers(kernels, [each for each in weights if each is not None])
 
     def logits(self, batch: Batch | CompiledBatch, kv_cache: KVCache) -> torch.Tensor:
         """Run a step; the logits of the rows that sample, `[S, vocabulary]`."""
@@ -62,8 +66,13 @@ class Decoder:
         cos, sin = self._rotary(hidden.float(), batch.positions)
         half = cos.shape[-1] // 2  # the other half is the same
         turn = torch.complex(cos[0, :, None, :half], sin[0, :, None, :half])
-        for layer in self._layers:
-            hidden = layer(hidden, turn, batch, kv_cache)
+        if self._compiled is not None and isinstance(batch, CompiledBatch):
+            hidden = self._compiled.run(
+                hidden, turn, batch.store_index, batch.sample_index, batch.attention, kv_cache.tokens
+            )
+        else:
+            for layer in self._layers:
+                hidden = layer(hidden, turn, batch, kv_cache)
         return self._head(self._norm(hidden))
 
 
@@ -110,6 +119,33 @@ class Layer:
         self._activation = None if isinstance(mlp.act_fn, type(ACT2FN["silu"])) else mlp.act_fn
         self._attention_norm = RMSNorm(layer.input_layernorm, kernels)
         self._mlp_norm = RMSNorm(layer.post_attention_layernorm, kernels)
+
+    @property
+    def weights(self) -> LayerWeights | None:
+        """What the layer consists of, where compiled kernels run all of it."""
+        parts = [self._qkv, self._output, self._gate, self._up, self._down]
+        packed = [part.packed for part in parts if isinstance(part, CompiledLinear)]
+        if len(packed) < len(parts) or self._activation is not None:
+            return None
+        head_norms = None
+        if self._query_norm is not None and self._key_norm is not None:
+            head_norms = self._query_norm.weight, self._key_norm.weight, self._key_norm.eps
+        qkv, output, gate, up, down = packed
+        return LayerWeights(
+            qkv=qkv,
+            output=output,
+            gate=gate,
+            up=up,
+            down=down,
+            attention_norm=(self._attention_norm.weight, self._attention_norm.eps),
+            mlp_norm=(self._mlp_norm.weight, self._mlp_norm.eps),
+            head_norms=head_norms,
+            heads=self._heads,
+            kv_heads=self._kv_heads,
+            dim=self._dim,
+            scale=self._scaling,
+            window=self._window,
+        )
 
     def __call__(
         self, hidden: torch.Tensor, turn: torch.Tensor, batch: Batch | CompiledBatch, kv_cache: KVCache

@@ -20,6 +20,10 @@ Tensors = dict[str, torch.Tensor]
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGEST_MMAP_THRESHOLD = 32 << 20  # bytes; glibc refuses more
 
+# Words for too little memory, in errors that have no type of their own: of torch's allocator on the CPU; of CUDA, where
+# it makes room for a kernel or a graph; of cuBLAS.
+_FULL = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
 _ALIGNMENT = 16  # bytes; what any load of a kernel wants
 _FIRST_BUFFER = 1 << 20  # bytes
 
@@ -68,9 +72,8 @@ class Device:
 
     def is_full(self, error: BaseException) -> bool:
         """Whether an error says that there was not enough memory."""
-        # The allocator of the CPU raises no type of its own.
         return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-            isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+            isinstance(error, RuntimeError) and any(words in str(error) for words in _FULL)
         )
 
     def keep_memory(self) -> None:
@@ -94,6 +97,10 @@ class Device:
             largest_step: runs one.
         """
         return None
+
+    def waits_for_experts(self, dtype: torch.dtype) -> bool:
+        """Whether the products of experts wait until the host knows how many rows each has: no graph can hold that."""
+        return False
 
     def graphed(self, key: Hashable, call: Callable[[], torch.Tensor]) -> torch.Tensor:
         """The result of a call that, whenever it has the same key, launches the same kernels over what lies in the same
@@ -179,6 +186,12 @@ class CudaDevice(Device):
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info()
         return max(int(free - (1 - share) * total - peak), 0)
+
+    def waits_for_experts(self, dtype: torch.dtype) -> bool:
+        # Else torch's `grouped_mm` falls back to a product for each expert (`_grouped_mm_cuda` of its source).
+        return (
+            bool(torch.version.hip) or dtype != torch.bfloat16 or torch.cuda.get_device_capability()[0] not in (9, 10)
+        )
 
     def graphed(self, key: Hashable, call: Callable[[], torch.Tensor]) -> torch.Tensor:
         if not self._use_graphs:

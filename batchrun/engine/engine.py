@@ -108,4 +108,3 @@ class Engine:
         if self._worker is not None:
             self._worker.close()
             self._worker = None
-            self._device.give_back()  # graphs have places in that memory

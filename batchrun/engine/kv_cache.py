@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from batchrun_kernels.cpu import in_huge_pages
 
 from batchrun.schedule.step import Step
 
@@ -46,7 +47,7 @@ class KVCache:
             self.keys = made(num_pages, num_kv_heads, page_size, head_dim)
             self.values = made(num_pages, num_kv_heads, page_size, head_dim)
         else:
-            self.tokens = made(num_pages * page_size, 2, num_kv_heads, head_dim)
+            self.tokens = [in_huge_pages(kv) for kv in made(num_pages * page_size, 2, num_kv_heads, head_dim)]
             self.keys = [kv[:, 0] for kv in self.tokens]
             self.values = [kv[:, 1] for kv in self.tokens]
 

@@ -61,20 +61,24 @@ class PackedLinear(Linear):
 
 
 class CompiledLinear(nn.Module):
-    """A linear layer whose products are those of our own kernels."""
+    """A linear layer whose products are those of our own kernels.
+
+    Attributes:
+        packed: its weight.
+    """
 
     def __init__(self, kernels: CpuKernels, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         super().__init__()
-        self._kernels, self._weight = kernels, PackedWeight(kernels, weight, bias)
+        self._kernels, self.packed = kernels, PackedWeight(kernels, weight, bias)
 
     def forward(self, x: torch.Tensor, *, silu: bool = False) -> torch.Tensor:
-        return self._kernels.multiply(x, self._weight, "silu" if silu else "plain")
+        return self._kernels.multiply(x, self.packed, "silu" if silu else "plain")
 
     def plus(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        return self._kernels.multiply(x, self._weight, "add", other)
+        return self._kernels.multiply(x, self.packed, "add", other)
 
     def times(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        return self._kernels.multiply(x, self._weight, "multiply", other)
+        return self._kernels.multiply(x, self.packed, "multiply", other)
 
 
 def make_linear(

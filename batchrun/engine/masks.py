@@ -47,7 +47,6 @@ class Masks:
     def __init__(self, requests: Requests, vocabulary: Sequence[bytes], eos_token_ids: frozenset[int]) -> None:
         settings = requests.sampling
         self._requests = requests
-        self._grammars = Grammars(vocabulary)
         self._constrained = np.array([s.grammar is not None for s in settings], dtype=bool)
         self._min_tokens = np.array([s.min_tokens for s in settings], dtype=np.int32)
         ends = [tuple(end for end in s.ends(eos_token_ids) if end < len(vocabulary)) for s in settings]
@@ -56,6 +55,8 @@ class Masks:
         self._first_end = np.cumsum(self._num_ends) - self._num_ends
         self._under_way: dict[int, tuple[int, Matcher]] = {}  # by slot, the request that it has
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="masks")
+        # Taking in a large vocabulary takes a while, in which the first step can begin.
+        self._grammars = self._thread.submit(Grammars, vocabulary)
 
     def begin(self, step: Step) -> Future[Mask] | None:
         """Begin to find the mask of a step; None where it needs none."""
@@ -84,7 +85,7 @@ class Masks:
             if matcher.consumed < end - begin:
                 matcher.consume(past.token_ids[begin + matcher.consumed : end].tolist())
             matchers.append(matcher)
-        words, may_end = self._grammars.allowed(matchers)
+        words, may_end = self._grammars.result().allowed(matchers)
         stuck = {row: fault for row, matcher in zip(rows.tolist(), matchers, strict=True) if (fault := matcher.fault)}
         if stuck:
             at_fault = np.isin(rows, list(stuck))
@@ -98,7 +99,7 @@ class Masks:
         if matcher is None or owner != request or matcher.consumed > sampled:
             grammar = self._requests.sampling[self._requests.sampling_id[request]].grammar
             assert grammar is not None
-            matcher = self._grammars.matcher(grammar)
+            matcher = self._grammars.result().matcher(grammar)
             self._under_way[slot] = request, matcher
         return matcher
 

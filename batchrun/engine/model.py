@@ -20,6 +20,7 @@ from batchrun.engine.decoder import Decoder, can_decode
 from batchrun.engine.kv_cache import KVCache
 from batchrun.engine.linear import pack_linears
 from batchrun.errors import ModelRefused
+from batchrun.specs import ModelSpec
 from batchrun.supported import check_supported
 
 Attention = Literal["compiled", "torch", "triton"]
@@ -40,6 +41,7 @@ class LoadedModel:
         attention: what computes it: on the CPU `compiled` kernels, or `torch` where these cannot be compiled; on a GPU
             `triton`.
         kernels: those compiled.
+        experts: whether the rows of a step go to experts, each to its own.
     """
 
     logits: Callable[[Any, KVCache], torch.Tensor]
@@ -52,6 +54,7 @@ class LoadedModel:
     device: str
     attention: Attention
     kernels: CpuKernels | None = None
+    experts: bool = False
 
 
 def load_model(
@@ -107,6 +110,7 @@ def load_model(
             delattr(text, name)
         text = text.language_model
     module.eval().to(device)
+    settle_rope(module)
     head_dim = text.layers[0].self_attn.head_dim
     logits: Callable[[Any, KVCache], torch.Tensor]
     if attention != "triton" and can_decode(module):
@@ -126,6 +130,7 @@ def load_model(
         device=device,
         attention=attention,
         kernels=kernels,
+        experts=ModelSpec.from_config(config).num_experts > 0,
     )
 
 
@@ -153,6 +158,14 @@ def logits_of(module: Any) -> Callable[[Any, KVCache], torch.Tensor]:
         return result.logits[0]  # type: ignore[no-any-return]
 
     return logits
+
+
+def settle_rope(module: Any) -> None:
+    """Have RoPE of the types that turn a sequence by its length turn all alike, as they do up to the longest that is
+    run: to look for the longest of a step, transformers waits for the device, which no graph can hold."""
+    for part in module.modules():
+        if getattr(part, "rope_type", None) in ("dynamic", "longrope"):
+            part.rope_type = "default"
 
 
 def _dequantization(config: dict[str, Any]) -> dict[str, Any]:

@@ -93,6 +93,7 @@ class TorchWorker:
             device=model.device,
             by_pages=model.attention == "triton",
         )
+        self._captures = not (model.experts and self._device.waits_for_experts(model.dtype))
         self._make_batch = self._triton_batches(page_size) if model.attention == "triton" else self._cpu_batch
         self._sampled: torch.Tensor | None = None  # by the step before
         self._under_way: deque[_UnderWay] = deque()
@@ -159,9 +160,10 @@ class TorchWorker:
             self._masks.close()
         self._kv_cache = None
         self._under_way.clear()
+        self._device.give_back()  # graphs have places in that memory
 
     def _logits(self, batch: StepTensors, kv_cache: KVCache) -> torch.Tensor:
-        if batch.graph_key is None:
+        if batch.graph_key is None or not self._captures:
             return self._model.logits(batch, kv_cache)
         return self._device.graphed(batch.graph_key, lambda: self._model.logits(batch, kv_cache))
 
@@ -235,10 +237,10 @@ def kv_memory(model: LoadedModel, device: Device, *, share: float, rows: int, pa
             prefix_reads=PrefixReads(*(nothing for _ in fields(PrefixReads))),
             releases=nothing,
             grant_sequence=slots,
-            grant_page=slots,
+            grant_page=zeros,  # all write the same to one: pages are no part of what is measured
         )
         worker = TorchWorker(
-            model, requests, eos_token_ids=frozenset(), page_size=page_size, num_pages=rows, device=device
+            model, requests, eos_token_ids=frozenset(), page_size=page_size, num_pages=1, device=device
         )
         worker.submit(step)
         worker.collect()

@@ -75,7 +75,8 @@ class TritonBatch(StepTensors):
 
     @property
     def graph_key(self) -> Hashable:
-        return (self.num_rows, self.attention.room) if self._padded else None
+        # The first step of a model makes its work lists on the way, which no graph can hold.
+        return (self.num_rows, self.attention.room) if self._padded and self._lists else None
 
 
 def triton_attention(

@@ -12,7 +12,7 @@ from batchrun.chat import ChatReader
 from batchrun.formats.results import result_line, unrun_line
 from batchrun.formats.rundir import ResultSink
 from batchrun.prefix.groups import PrefixGroups
-from batchrun.request import Answers, Endpoint, FinishReason, Logprobs, Requests, Result, Usage
+from batchrun.request import Answers, Endpoint, FinishReason, Logprobs, Requests, Result, ToolChoice, Usage
 from batchrun.schedule.scheduler import Finished
 from batchrun.tokenizer import Tokenizer
 
@@ -38,7 +38,7 @@ class LineCollector:
         self._requests = requests
         self._tokenizer = tokenizer
         self._attempts = attempts
-        self._reader = ChatReader(tokenizer.chat_template)
+        self._reader = ChatReader(tokenizer.chat_template, tokenizer.special_tokens)
         self._groups = groups
         self._model = model
         self._sink = sink
@@ -78,10 +78,11 @@ class LineCollector:
         """The answer of a chat, with what is no text of it apart."""
         requests, decode = self._requests, self._tokenizer.decode
         sampling = requests.sampling[requests.sampling_id[finished.request]]
-        if not (sampling.tool_calls or self._reader.thinks):
+        choice = sampling.tool_choice
+        if choice is None and not self._reader.thinks:
             return result
         whole = None
-        if sampling.tool_calls:
+        if choice is not None:
             # Where a stop string has cut the text, what it cut off is no part of it.
             by_text = result.finish_reason is FinishReason.STOP and not finished.ended
             ids = finished.token_ids[:-1] if finished.ended else finished.token_ids
@@ -91,7 +92,11 @@ class LineCollector:
             end = requests.tokens[finished.request][-_PROMPT_END:]
             in_thought = self._reader.begins_in_thought(decode(end.tolist(), skip_special_tokens=False))
         read = self._reader.read(result.text, whole, in_thought=in_thought)
-        return replace(result, text=read.content, reasoning=read.reasoning, tool_calls=read.tool_calls)
+        calls = read.tool_calls if sampling.parallel_tool_calls else read.tool_calls[:1]
+        reason = result.finish_reason
+        if calls and reason is FinishReason.STOP and choice is not ToolChoice.NAMED:  # as at OpenAI's
+            reason = FinishReason.TOOL_CALLS
+        return replace(result, text=read.content, reasoning=read.reasoning, tool_calls=calls, finish_reason=reason)
 
     def _rows(self, request: int) -> list[int]:
         rows: list[int] = self._by_request[self._begin[request] : self._begin[request + 1]].tolist()

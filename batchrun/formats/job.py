@@ -20,13 +20,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import orjson
 import zstandard
 
 from batchrun.errors import OutputError, UsageError
-from batchrun.request import Endpoint, Grammar, JobLine, LineFault, LineOptions
+from batchrun.request import Endpoint, Grammar, JobLine, LineFault, LineOptions, ToolChoice
 
 MAX_LINE_BYTES = 256 << 20
 MAX_CUSTOM_ID = 512  # characters
@@ -468,18 +468,64 @@ def _translate(endpoint: Endpoint, found: dict[str, Any]) -> dict[str, Any]:
     """Put fields that mean one thing by several, or by other names in each API, under the name that options have;
     returns what the chat template is given."""
     for_template: dict[str, Any] = {}
+    calls = None
     if endpoint is Endpoint.CHAT:
         _chat_logprobs(found)
         for_template = {name: found.pop(name) for name in _FOR_TEMPLATE if name in found}
-        if found.pop("tool_choice", "auto") == "none":
-            for_template.pop("tools", None)
-        if for_template.get("tools"):
-            found["tool_calls"] = True
+        calls = _tool_use(found, for_template)
     elif found.get("echo") and found.get("logprobs") is not None:
         message = "echo with logprobs asks for logprobs of the prompt; " + _NO_PROMPT_LOGPROBS
         raise _Fault("unsupported_field", "echo", message)
-    _one_grammar(found)
+    _one_grammar(found, calls)
     return for_template
+
+
+def _tool_use(found: dict[str, Any], for_template: dict[str, Any]) -> Grammar | None:
+    """Put whether a chat may call tools, or must, under the names that options have; returns the calls that it must
+    make."""
+    choice: str | _Named = found.pop("tool_choice", "auto")
+    parallel = found.pop("parallel_tool_calls", True)
+    if choice == "none":
+        for_template.pop("tools", None)
+    tools = for_template.get("tools", ())
+    if tools and not parallel:
+        found["parallel_tool_calls"] = False
+    if choice == "required" or isinstance(choice, _Named):
+        found["tool_choice"] = ToolChoice.NAMED if isinstance(choice, _Named) else ToolChoice.REQUIRED
+        found.pop("response_format", None)  # it is about what is said besides calls, and that is nothing
+        return _forced_calls(choice, tools, parallel)
+    if tools:
+        found["tool_choice"] = ToolChoice.AUTO
+    return None
+
+
+def _forced_calls(choice: str | _Named, tools: tuple[dict[str, Any], ...], parallel: bool) -> Grammar:
+    """Calls of one of the functions, or of the one that is named."""
+    functions = [tool["function"] for tool in tools]
+    if isinstance(choice, _Named):
+        functions = [function for function in functions if function["name"] == choice.name][:1]
+        if not functions:
+            raise _invalid("tool_choice.function.name", choice.name, "the name of one of the tools")
+        parallel = False
+    if not functions:
+        raise _Fault("invalid_request", "tool_choice", f"tool_choice {_shown(choice)} needs tools, and there are none")
+    wanted = [[function["name"], _parameters(function)] for function in functions]
+    return Grammar("tools", orjson.dumps({"tools": wanted, "many": parallel}).decode())
+
+
+def _parameters(function: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a function's arguments, which are an object whatever it says; without one there are none."""
+    name, schema = function["name"], function.get("parameters")
+    if not _FUNCTION_NAME.fullmatch(name):
+        raise _invalid("tools", name, "functions whose names are of letters, digits, _, . and -, to be called for sure")
+    if schema is None:
+        return {"type": "object", "properties": {}, "additionalProperties": False}
+    kind = schema.get("type", "object") if type(schema) is dict else None
+    if kind != "object" and not (type(kind) is list and "object" in kind):
+        raise _invalid(
+            "tools", schema, f"functions whose parameters are a JSON schema of an object; those of {name} are"
+        )
+    return {**schema, "type": "object"}
 
 
 def _chat_logprobs(found: dict[str, Any]) -> None:
@@ -491,10 +537,14 @@ def _chat_logprobs(found: dict[str, Any]) -> None:
         found["logprobs"] = alternatives
 
 
-def _one_grammar(found: dict[str, Any]) -> None:
-    """Put the grammar of a line, by whichever field it has it, under one name."""
+def _one_grammar(found: dict[str, Any], calls: Grammar | None) -> None:
+    """Put the grammar of a line, by whichever field it has it, under one name.
+
+    Args:
+        calls: of tools, which the answer must make.
+    """
     whitespace = found.pop("guided_whitespace_pattern", None)
-    grammars = {name: found.pop(name) for name in _GRAMMARS if name in found}
+    grammars = {"tool_choice": calls} | {name: found.pop(name) for name in _GRAMMARS if name in found}
     fields = [name for name, grammar in grammars.items() if grammar is not None]
     if not fields:
         return
@@ -621,12 +671,27 @@ def _tools(name: str, value: Any) -> tuple[dict[str, Any], ...]:
     return tuple(value)
 
 
-def _tool_choice(name: str, value: Any) -> str:
-    if value in ("none", "auto"):
+class _Named(NamedTuple):
+    """A function that the answer must call."""
+
+    name: str
+
+
+def _tool_choice(name: str, value: Any) -> str | _Named:
+    wanted = '"auto", "none", "required" or an object like {"type": "function", "function": {"name": ...}}'
+    if type(value) is not dict:
+        if value not in ("none", "auto", "required"):
+            raise _invalid(name, value, wanted)
         return str(value)
-    if value == "required" or type(value) is dict:
-        raise _Fault("unsupported_field", name, f'{name} {_shown(value)} is not supported yet, only "auto" and "none"')
-    raise _invalid(name, value, '"auto" or "none"')
+    if value.get("type") in ("allowed_tools", "custom"):
+        message = (
+            f"{name} of type {_shown(value['type'])} is not supported yet; name a function, or leave other tools out"
+        )
+        raise _Fault("unsupported_field", f"{name}.type", message)
+    function = value.get("function") if value.get("type", "function") == "function" else None
+    if type(function) is not dict or type(function.get("name")) is not str:
+        raise _invalid(name, value, wanted)
+    return _Named(function["name"])
 
 
 def _template_kwargs(name: str, value: Any) -> dict[str, Any]:
@@ -926,6 +991,7 @@ _OF_ENDPOINT: dict[Endpoint, dict[str, Callable[[str, Any], Any]]] = {
         "top_logprobs": _integer(0, MAX_LOGPROBS),
         "tools": _tools,
         "tool_choice": _tool_choice,
+        "parallel_tool_calls": _boolean,
         "chat_template_kwargs": _template_kwargs,
     },
     Endpoint.COMPLETIONS: {"logprobs": _completion_logprobs, "echo": _boolean},
@@ -935,8 +1001,18 @@ _BIAS = _number(-100, 100)
 
 _ALL_CHECKS = {endpoint: _CHECKS | checks for endpoint, checks in _OF_ENDPOINT.items()}
 _FOR_TEMPLATE = ("tools", "chat_template_kwargs")
+_FUNCTION_NAME = re.compile(r"[\w.-]+")
 _TRANSLATED = frozenset(
-    {*_FOR_TEMPLATE, "tool_choice", "logprobs", "top_logprobs", "echo", *_GRAMMARS, "guided_whitespace_pattern"}
+    {
+        *_FOR_TEMPLATE,
+        "tool_choice",
+        "parallel_tool_calls",
+        "logprobs",
+        "top_logprobs",
+        "echo",
+        *_GRAMMARS,
+        "guided_whitespace_pattern",
+    }
 )
 _NO_PROMPT_LOGPROBS = "tokens of shared prompts are computed once for many lines, and no logits are made for them"
 

@@ -72,7 +72,7 @@ def result_line(
                 "index": index,
                 **({"message": _message(choice, f"{digest}-{index}")} if chat else {"text": choice.text}),
                 "logprobs": _logprobs(choice, chat, token),
-                "finish_reason": "tool_calls" if choice.tool_calls else choice.finish_reason,
+                "finish_reason": choice.finish_reason,
             }
             for index, choice in enumerate(choices)
         ],

@@ -126,25 +126,25 @@ def _dual_scan(density: npt.NDArray[np.float64], memory: npt.NDArray[np.float64]
     return turn
 
 
-def units(groups: PrefixGroups, pool_tokens: int) -> tuple[Int64, int]:
-    """The unit of each request, int64 `[R]`, and how many numbers there are: groups first, then requests."""
-    requests = np.arange(groups.request_group.size)
-    of_group = np.append(_unit_of_group(groups, pool_tokens), -1)[groups.request_group]
+def units(groups: PrefixGroups, pool_tokens: int) -> tuple[Int32, int]:
+    """The unit of each request, int32 `[R]`, and how many numbers there are: groups first, then requests."""
+    requests = np.arange(groups.request_group.size, dtype=np.int32)
+    of_group = np.append(_unit_of_group(groups, pool_tokens), np.int32(-1))[groups.request_group]
     return np.where(of_group >= 0, of_group, len(groups) + requests), len(groups) + requests.size
 
 
-def _unit_of_group(groups: PrefixGroups, pool_tokens: int) -> Int64:
-    """The unit that each group belongs to, int64 `[G]`: the outermost group above it that is no header; -1 for a
+def _unit_of_group(groups: PrefixGroups, pool_tokens: int) -> Int32:
+    """The unit that each group belongs to, int32 `[G]`: the outermost group above it that is no header; -1 for a
     header."""
     if not len(groups):
-        return np.empty(0, dtype=np.int64)
+        return np.empty(0, dtype=np.int32)
     large = groups.requests > max(_LARGE * groups.request_group.size, 2)
     header = large & (groups.depth + groups.length <= _SHORT * pool_tokens)
     # Below a group that is no header there are none: each path is headers, then a unit and what is in it.
     inside = np.where(groups.path >= 0, ~header[groups.path], False)
     first = inside.argmax(axis=1)
     rows = np.arange(len(groups))
-    return np.where(inside[rows, first], groups.path[rows, first], -1).astype(np.int64)
+    return np.where(inside[rows, first], groups.path[rows, first], np.int32(-1))
 
 
 def _prefix_tokens(groups: PrefixGroups, count: int, pool_tokens: int) -> npt.NDArray[np.float64]:
@@ -154,15 +154,15 @@ def _prefix_tokens(groups: PrefixGroups, count: int, pool_tokens: int) -> npt.ND
     return np.bincount(unit[inside], weights=groups.length[inside], minlength=count).astype(np.float64)
 
 
-def _rows(groups: PrefixGroups, prompt: Int32, unit: Int64, count: int, pool_tokens: int) -> npt.NDArray[np.float64]:
+def _rows(groups: PrefixGroups, prompt: Int32, unit: Int32, count: int, pool_tokens: int) -> npt.NDArray[np.float64]:
     """Prompt rows that each unit computes, float64 `[U]`."""
     own = np.bincount(unit, weights=prompt - groups.request_depth, minlength=count)
     return own + _prefix_tokens(groups, count, pool_tokens)
 
 
-def _by_unit(groups: PrefixGroups, unit: Int64, key: npt.NDArray[np.float64]) -> Int32:
+def _by_unit(groups: PrefixGroups, unit: Int32, key: npt.NDArray[np.float64]) -> Int32:
     """Requests by the key of their unit, lowest first; ties by the unit's first place in forest order."""
-    first = np.full(key.size, np.iinfo(np.int64).max, dtype=np.int64)
+    first = np.full(key.size, np.iinfo(np.int32).max, dtype=np.int32)
     np.minimum.at(first, unit, groups.request_rank)
     return np.lexsort((groups.request_rank, first[unit], key[unit])).astype(np.int32)
 

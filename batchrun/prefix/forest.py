@@ -13,6 +13,7 @@ are shared. The number of rounds is the height of the forest.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +23,7 @@ from batchrun.tokens import TokenTable, concat_ranges
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 
-_WINDOW = 128  # tokens compared at once
+_WINDOW = 128  # tokens compared at once, at most 255
 _BLOCK = 1 << 18  # tokens read at once while comparing: about what a cache holds
 
 
@@ -80,39 +81,38 @@ def build_forest(tokens: TokenTable) -> PrefixForest:
     Raises:
         ValueError: a prompt is empty.
     """
-    lengths = tokens.lengths
+    lengths = tokens.lengths.astype(np.int32)
     if lengths.size and int(lengths.min()) == 0:
         raise ValueError(f"request {int(lengths.argmin())} has an empty prompt")
     made, order, ends_at = _split(tokens.ids, tokens.offsets[:-1], lengths)
-    return _depth_first(made, order, ends_at, int(lengths.sum()))
+    return _depth_first(made, order, ends_at, tokens.ids.size)
 
 
-# Of the nodes of one level: parent, start, length, depth, level, requests, first.
-_Made = tuple[Int32, Int64, Int32, Int32, Int32, Int32, Int32]
+# Nodes level by level: for each column of nodes, an array a level.
+_Made = dict[str, list[npt.NDArray[Any]]]
 
 
-def _split(ids: Int32, offsets: Int64, lengths: Int64) -> tuple[list[_Made], Int32, Int32]:
-    """The nodes level by level, the requests in forest order, and the node that each ends in."""
+def _split(ids: Int32, offsets: Int64, lengths: Int32) -> tuple[_Made, Int32, Int32]:
+    """The nodes, the requests in forest order, and the node that each ends in."""
     num_requests = lengths.size
     order = np.arange(num_requests, dtype=np.int32)
     ends_at = np.full(num_requests, -1, dtype=np.int32)
-    made: list[_Made] = []
+    made: _Made = {name: [] for name in ("parent", "start", "length", "depth", "level", "requests", "first")}
     made_count = 0
 
     # The ranges of `order` still to split: [low, low + size), equal on their first `depth` tokens, below `node`.
-    low = np.zeros(min(num_requests, 1), dtype=np.int64)
-    size = np.full(low.size, num_requests, dtype=np.int64)
-    depth = np.zeros(low.size, dtype=np.int64)
+    low = np.zeros(min(num_requests, 1), dtype=np.int32)
+    size = np.full(low.size, num_requests, dtype=np.int32)
+    depth = np.zeros(low.size, dtype=np.int32)
     node = np.full(low.size, -1, dtype=np.int32)
 
     while low.size:
-        places, members, key = _by_next_token(ids, offsets, lengths, order, low, size, depth)
-        order[places] = members
-
-        part = np.flatnonzero(np.concatenate(([True], key[1:] != key[:-1])))
-        part_size = np.diff(np.append(part, key.size))
-        part_range = (key[part] >> 32).astype(np.int64)
-        goes_on = (key[part] & 0xFFFFFFFF) != 0
+        members, key = _by_next_token(ids, offsets, lengths, order, low, size, depth)
+        part = np.flatnonzero(np.concatenate(([True], key[1:] != key[:-1]))).astype(np.int32)
+        part_size = np.diff(part, append=np.int32(key.size))
+        key = key[part]  # of which the whole may be as long as the job
+        part_range = (key >> 32).astype(np.int32)
+        goes_on = (key & 0xFFFFFFFF) != 0
         ends_here = np.repeat(~goes_on, part_size)
         ends_at[members[ends_here]] = np.repeat(node[part_range], part_size)[ends_here]
 
@@ -125,109 +125,97 @@ def _split(ids: Int32, offsets: Int64, lengths: Int64) -> tuple[list[_Made], Int
 
         numbers = np.arange(made_count, made_count + part.size, dtype=np.int32)
         made_count += part.size
-        first = places[part]
-        made.append(
-            (
-                node[part_range],
-                offsets[leader] + part_depth,
-                run.astype(np.int32),
-                part_depth.astype(np.int32),
-                np.full(part.size, len(made), dtype=np.int32),
-                part_size.astype(np.int32),
-                first.astype(np.int32),
-            )
-        )
+        # The ranges lie one after another in `members`, and apart in `order`.
+        first = part + (low - (np.cumsum(size, dtype=np.int32) - size))[part_range]
+        level = np.full(part.size, len(made["level"]), dtype=np.int32)
+        columns = (node[part_range], offsets[leader] + part_depth, run, part_depth, level, part_size, first)
+        for name, column in zip(made, columns, strict=True):
+            made[name].append(column)
         ends_at[leader[~shared]] = numbers[~shared]
         low, size, depth, node = first[shared], part_size[shared], (part_depth + run)[shared], numbers[shared]
 
     return made, order, ends_at
 
 
-def _depth_first(made: list[_Made], order: Int32, ends_at: Int32, prompt_logical: int) -> PrefixForest:
+def _depth_first(made: _Made, order: Int32, ends_at: Int32, prompt_logical: int) -> PrefixForest:
     """The nodes in one numbering, depth first: `made` is emptied on the way, so that no node is held twice for long."""
-    if not made:
-        empty32 = np.empty(0, dtype=np.int32)
-        return PrefixForest(
-            parent=empty32,
-            start=np.empty(0, dtype=np.int64),
-            length=empty32,
-            depth=empty32,
-            level=empty32,
-            requests=empty32,
-            node=empty32,
-            order=order,
-            first=empty32,
-            prompt_logical=prompt_logical,
-        )
-    parent, start, length, node_depth, level, requests, first = (
-        np.concatenate(columns) for columns in zip(*made, strict=True)
-    )
-    made.clear()
-    # By place in the order, an ancestor (less deep) before its descendants.
-    old = np.lexsort((node_depth, first)).astype(np.int32)
+
+    def column(name: str) -> npt.NDArray[Any]:
+        return np.concatenate([np.empty(0, dtype=np.int32), *made.pop(name)])
+
+    # By place in the order, and an ancestor, which was made before its descendants, in front of them.
+    first = column("first")
+    old = np.argsort(first, kind="stable").astype(np.int32)
+    first = first[old]
     new = np.empty_like(old)
     new[old] = np.arange(old.size, dtype=np.int32)
-    parent = parent[old]
+    parent = column("parent")[old]
     return PrefixForest(
         parent=np.where(parent >= 0, new[parent], np.int32(-1)),
-        start=start[old],
-        length=length[old],
-        depth=node_depth[old],
-        level=level[old],
-        requests=requests[old],
+        start=column("start")[old].astype(np.int64, copy=False),
+        length=column("length")[old],
+        depth=column("depth")[old],
+        level=column("level")[old],
+        requests=column("requests")[old],
         node=new[ends_at],
         order=order,
-        first=first[old],
+        first=first,
         prompt_logical=prompt_logical,
     )
 
 
 def _by_next_token(
-    ids: Int32, offsets: Int64, lengths: Int64, order: Int32, low: Int64, size: Int64, depth: Int64
-) -> tuple[Int64, Int32, Int64]:
-    """The places of some ranges of `order` one after another, the requests there sorted by range and next token, and
+    ids: Int32, offsets: Int64, lengths: Int32, order: Int32, low: Int32, size: Int32, depth: Int32
+) -> tuple[Int32, Int64]:
+    """Sort the requests in some ranges of `order` by range and next token; returns them, one range after another, and
     their keys: the range, and in the low 32 bits the token's id + 1, or 0 where the request ends.
 
     A function of its own, so that what it takes to sort is let go before runs are compared.
     """
     places = concat_ranges(low, size)
-    of_range = np.repeat(np.arange(low.size), size)
     members = order[places]
-    member_depth = depth[of_range]
-    more = np.flatnonzero(lengths[members] > member_depth)
-    key = of_range.astype(np.int64) << 32
-    key[more] |= ids[offsets[members[more]] + member_depth[more]].astype(np.int64) + 1
+    before = np.repeat(depth, size)
+    token = ids.take(offsets[members] + before, mode="clip").view(np.uint32)
+    token += 1
+    token[lengths[members] == before] = 0  # what was taken is of the next prompt
+    key = np.repeat(np.arange(low.size) << 32, size)
+    key |= token
+    del token, before
     by_key = np.argsort(key, kind="stable")
-    return places, members[by_key], key[by_key]
+    members = members[by_key]
+    order[places] = members
+    return members, key[by_key]
 
 
 def _common_run(
-    ids: Int32, offsets: Int64, lengths: Int64, members: Int32, part: Int64, part_size: Int64, depth: Int64
-) -> Int64:
-    """How many tokens from `depth` on all members of each part have in common, int64 `[parts]`.
+    ids: Int32, offsets: Int64, lengths: Int32, members: Int32, part: Int32, part_size: Int32, depth: Int32
+) -> Int32:
+    """How many tokens from `depth` on all members of each part have in common, int32 `[parts]`.
 
     Every member is compared with the one before it, a window of tokens at a time; a part leaves the comparison as
     soon as two members differ.
     """
-    run = np.zeros(part.size, dtype=np.int64)
+    run = np.zeros(part.size, dtype=np.int32)
     if not part.size:
         return run
     in_parts = members[concat_ranges(part, part_size)]
     limit = np.minimum.reduceat(lengths[in_parts], np.cumsum(part_size) - part_size) - depth
+    del in_parts
     active = np.arange(part.size)
     while active.size:
         left = (limit - run)[active]
         width = min(_WINDOW, int(left.max()))
         sizes = part_size[active]
         first = np.cumsum(sizes) - sizes
-        begin = offsets[members[concat_ranges(part[active], sizes)]] + np.repeat((depth + run)[active], sizes)
-        agreed = np.full(begin.size, width)
+        begin = offsets[members[concat_ranges(part[active], sizes)]]
+        begin += np.repeat((depth + run)[active], sizes)
+        agreed = np.full(begin.size, width, dtype=np.uint8)
         block = _BLOCK // width
-        for low in range(0, begin.size - 1, block):
-            tokens = _windows(ids, begin[low : low + block + 1], width)
+        for at in range(0, begin.size - 1, block):
+            tokens = _windows(ids, begin[at : at + block + 1], width)
             same = tokens[1:] == tokens[:-1]
             # argmin finds the first difference; a pair without any agrees on the whole window.
-            agreed[low + 1 : low + tokens.shape[0]] = np.where(same.all(axis=1), width, same.argmin(axis=1))
+            agreed[at + 1 : at + tokens.shape[0]] = np.where(same.all(axis=1), width, same.argmin(axis=1))
         agreed[first] = width  # the first member of a part has none before it
         common = np.minimum(np.minimum.reduceat(agreed, first), left)
         run[active] += common

@@ -98,8 +98,8 @@ class SharedNodes:
         first: int32 `[S]`, the place of the first of them in `order`, where they are neighbours.
         order: int32 `[R]`, the requests in forest order.
         node: int32 `[R]`, the deepest shared node of each request, or -1.
-        prompt: int64 `[R]`, tokens of each prompt.
-        own: int64 `[R]`, those that no other request has: at least the last one, which has to be computed.
+        prompt: int32 `[R]`, tokens of each prompt.
+        own: int32 `[R]`, those that no other request has: at least the last one, which has to be computed.
     """
 
     parent: Int32
@@ -111,15 +111,15 @@ class SharedNodes:
     first: Int32
     order: Int32
     node: Int32
-    prompt: Int64
-    own: Int64
+    prompt: Int32
+    own: Int32
 
     def __len__(self) -> int:
         return self.parent.size
 
     @classmethod
-    def of(cls, forest: PrefixForest, prompt: Int64) -> SharedNodes:
-        """The shared nodes of the forest of prompts with these lengths, int64 `[R]`."""
+    def of(cls, forest: PrefixForest, prompt: Int32) -> SharedNodes:
+        """The shared nodes of the forest of prompts with these lengths, int32 `[R]`."""
         shared = np.flatnonzero(forest.requests > 1)
         number = np.full(len(forest) + 1, -1, dtype=np.int32)  # [-1] stays -1: nothing is above a root
         number[shared] = np.arange(shared.size)
@@ -128,7 +128,8 @@ class SharedNodes:
         goes_on = np.zeros(len(forest), dtype=bool)
         goes_on[forest.parent[forest.parent >= 0]] = True
         stop = forest.depth[shared] + forest.length[shared]
-        tokens = np.concatenate(([0], np.cumsum(forest.length, dtype=np.int64)))
+        tokens = np.zeros(len(forest) + 1, dtype=np.int64)
+        np.cumsum(forest.length, out=tokens[1:])
         # Those below follow a node, up to the first whose requests are others.
         after = np.searchsorted(forest.first, forest.first[shared] + forest.requests[shared])
         by_level = np.argsort(forest.level[shared], kind="stable")
@@ -143,7 +144,7 @@ class SharedNodes:
             order=forest.order,
             node=node,
             prompt=prompt,
-            own=np.maximum(prompt - np.append(stop, 0)[node], 1),
+            own=np.maximum(prompt - np.append(stop, np.int32(0))[node], 1),
         )
 
 
@@ -176,7 +177,7 @@ def choose_groups(
         expected_new_tokens: int32 `[R]`, tokens each request is expected to sample.
         costs: what sharing spares and what it costs.
     """
-    shared = SharedNodes.of(forest, tokens.lengths)
+    shared = SharedNodes.of(forest, tokens.lengths.astype(np.int32))
     kept, nested = GROUPINGS[grouping](shared, expected_new_tokens, costs)
     chosen = np.flatnonzero(kept)
 
@@ -189,20 +190,21 @@ def choose_groups(
     parent = group[shared.parent[chosen]] if nested else np.full(chosen.size, -1, dtype=np.int32)
     depth = np.append(end, np.int32(0))[parent]
     request_group = group[shared.node]
-    request_depth = np.minimum(np.append(end, np.int32(0))[request_group], tokens.lengths - 1)
+    request_depth = np.minimum(np.append(end, np.int32(0))[request_group], shared.prompt - 1)
 
     first, requests = shared.first[chosen], shared.requests[chosen]
-    place = np.empty(len(tokens), dtype=np.int64)
-    place[shared.order] = np.arange(len(tokens))
+    place = np.empty(len(tokens), dtype=np.int32)
+    place[shared.order] = np.arange(len(tokens), dtype=np.int32)
     if not nested:
         # The readers of an inner prefix stand among those of an outer one: take them out, group by group.
         readers = request_group >= 0
         block = place.copy()
         block[readers] = first[request_group[readers]]
-        place[np.lexsort((place, request_group, block))] = np.arange(len(tokens))
+        place[np.lexsort((place, request_group, block))] = np.arange(len(tokens), dtype=np.int32)
         requests = np.bincount(request_group[readers], minlength=chosen.size).astype(np.int32)
         first = np.full(chosen.size, len(tokens), dtype=np.int32)
-        np.minimum.at(first, request_group[readers], place[readers].astype(np.int32))
+        np.minimum.at(first, request_group[readers], place[readers])
+    before = np.cumsum(np.bincount(first, minlength=len(tokens)), dtype=np.int32)  # groups, by place
     return PrefixGroups(
         parent=parent,
         start=shared.begin[chosen] + depth,
@@ -211,10 +213,10 @@ def choose_groups(
         requests=requests,
         path=_paths(parent),
         request_group=request_group,
-        request_depth=request_depth.astype(np.int32),
+        request_depth=request_depth,
         # A group stands before the first of its readers, and after the groups that begin there and are less deep.
         rank=(first + np.arange(chosen.size)).astype(np.int32),
-        request_rank=(place + np.cumsum(np.bincount(first, minlength=len(tokens)))[place]).astype(np.int32),
+        request_rank=place + before[place],
     )
 
 
@@ -295,13 +297,20 @@ def _cheapest(
     """
     new, prompt, own = expected_new_tokens, shared.prompt, shared.own
     merge, kv_token, read = (price / costs.row for price in (costs.merge, costs.kv_token, costs.read))
-    # The time of each request, in rows: without sharing; and if it shares all it can, all but its prompt's rows.
-    alone = prompt + new + kv_token * new * (prompt + new / 2)
-    at_least = new + kv_token * new * (own + new / 2)
+
+    def reading(tokens: Int32) -> Floats:
+        """The time to read so many tokens of each request, and what it samples, in each of its steps; in rows."""
+        return kv_token * new * (tokens + new / 2)
+
+    def of_readers(column: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """The sum of a column over the requests of each node."""
+        total = np.concatenate(([0], np.cumsum(column[shared.order])))
+        return total[stop] - total[first]
 
     first, stop = shared.first, shared.first + shared.requests
-    totals = [np.concatenate(([0], np.cumsum(column[shared.order]))) for column in (new, at_least)]
-    sampled, readers = (total[stop] - total[first] for total in totals)
+    # Without sharing; and where requests share all they can, without the rows of their prompts.
+    alone = float((prompt + new + reading(prompt)).sum())
+    sampled, readers = of_readers(new), of_readers(new + reading(own))
     ranges = np.stack((first, stop), axis=1).ravel()
     longest = np.maximum.reduceat(np.append(new[shared.order], 0), ranges)[::2]
     steps = np.maximum(longest, sampled / _ABREAST)
@@ -313,7 +322,7 @@ def _cheapest(
         fixed=merge * (sampled + shared.below) + read * steps + asked,
         nested=True,
     )
-    return kept, (saved + float(asked[kept].sum())) / max(float(alone.sum()), 1.0)
+    return kept, (saved + float(asked[kept].sum())) / max(alone, 1.0)
 
 
 def _best(shared: SharedNodes, *, reader: Floats, holder: Floats, fixed: Floats, nested: bool) -> tuple[Bool, float]:

@@ -16,7 +16,7 @@ from triton.runtime import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from batchrun_kernels import kernels
-from batchrun_kernels.tiles import Tile, choose_tile, compile_options, has_tma, power_of_two
+from batchrun_kernels.tiles import Tile, choose_tile, compile_options, dot_precision, has_tma, power_of_two
 from batchrun_kernels.work_list import Columns, Rules, WorkList, make_work_list
 
 _LOG2E = 1.4426950408889634
@@ -100,7 +100,7 @@ class SharedPrefixAttention:
             found = torch.cuda.get_device_properties(self._device)
             multiprocessors = found.multi_processor_count
             arch = found.gcnArchName.partition(":")[0] if torch.version.hip else f"sm_{found.major}{found.minor}"
-        tile = tile or choose_tile(arch, dtype.itemsize * width, group)
+        tile = tile or choose_tile(arch, dtype.itemsize, width, group)
         self._programs = multiprocessors * tile.programs
         self.rules = replace(
             Rules(
@@ -126,10 +126,12 @@ class SharedPrefixAttention:
             "STAGES": tile.stages,
             "TMA": self._tma,
             "UPCAST": interpreted and dtype == torch.bfloat16,
+            "PRECISION": dot_precision(arch, dtype.itemsize),
         }
         self._launch = {} if interpreted else compile_options(arch, tile.warps)
         self._ints = ints
         self._work: dict[int | None, torch.Tensor] = {}
+        self._merge_loaded = False
         self._descriptors: dict[int, TensorDescriptor] = {}
         self._partial_out = torch.empty(0, heads, head_dim, dtype=torch.float32, device=self._device)
         self._partial_lse = torch.empty(0, heads, dtype=torch.float32, device=self._device)
@@ -225,9 +227,10 @@ class SharedPrefixAttention:
             **self._constants,
             **self._launch,
         )
-        # A graph that is captured now is replayed with other work lists.
+        # A graph that is captured now is replayed with other work lists; and what is not loaded by then cannot be.
         capturing = self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if plan.host.num_merged or capturing:
+        if plan.host.num_merged or capturing or not self._merge_loaded:
+            self._merge_loaded = True
             kernels.merge_states[(self._programs,)](
                 self._partial_out,
                 self._partial_lse,

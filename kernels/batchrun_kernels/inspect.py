@@ -22,12 +22,12 @@ from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
 from batchrun_kernels import kernels
-from batchrun_kernels.tiles import TILES, Tile, choose_tile, compile_options, has_tma, power_of_two
+from batchrun_kernels.tiles import TILES, Tile, choose_tile, compile_options, dot_precision, has_tma, power_of_two
 
 # Of a multiprocessor: registers of 32 bits, shared memory and threads. A program takes 1 KiB more than it asks for.
 _REGISTERS, _THREADS = 65_536, 2048
 _SHARED = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10}
-_BITS = {"bf16": 16, "fp16": 16, "fp32": 32}
+_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Case:
 
     @property
     def tile(self) -> Tile:
-        return choose_tile(self.arch, power_of_two(self.head_dim) * _BITS[self.dtype] // 8, self.group)
+        return choose_tile(self.arch, _BYTES[self.dtype], power_of_two(self.head_dim), self.group)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +144,7 @@ def _source(case: Case, tile: Tile) -> ASTSource:
         constants = {
             **shape, "SHORT": tile.short, "TALL": tile.tall, "KV_HEADS": case.kv_heads, "G": case.group,
             "N": case.page_size, "STAGES": tile.stages, "TMA": tma, "SOFTCAP": case.features, "WINDOW": case.features,
-            "SINKS": case.features, "UPCAST": False,
+            "SINKS": case.features, "UPCAST": False, "PRECISION": dot_precision(case.arch, _BYTES[case.dtype]),
         }  # fmt: skip
     elif case.kernel == "merge_states":
         signature = {
@@ -210,16 +210,20 @@ def _found(pattern: str, text: str) -> str:
     return found[1]
 
 
-def cases(archs: list[str], head_dims: list[int], groups: list[int], page_sizes: list[int]) -> Iterator[Case]:
+def cases(
+    archs: list[str], head_dims: list[int], groups: list[int], page_sizes: list[int], dtype: str
+) -> Iterator[Case]:
     """All that is shipped: every kernel for every architecture, head size, ratio and page size asked for."""
     for arch in archs:
         for head_dim in head_dims:
             for page_size in page_sizes:
                 for group in groups:
                     for features in (False, True):
-                        yield Case("shared_prefix_attention", arch, head_dim, group, page_size, features=features)
-            yield Case("merge_states", arch, head_dim, groups[0], page_sizes[0])
-            yield Case("store_kv", arch, head_dim, groups[0], page_sizes[0])
+                        yield Case(
+                            "shared_prefix_attention", arch, head_dim, group, page_size, dtype=dtype, features=features
+                        )
+            yield Case("merge_states", arch, head_dim, groups[0], page_sizes[0], dtype=dtype)
+            yield Case("store_kv", arch, head_dim, groups[0], page_sizes[0], dtype=dtype)
 
 
 def main() -> None:
@@ -229,6 +233,7 @@ def main() -> None:
     parser.add_argument("--head-dim", nargs="+", type=int, default=[64, 80, 96, 128, 192, 256], metavar="D")
     parser.add_argument("--group", nargs="+", type=int, default=[4], metavar="G", help="query heads per KV head")
     parser.add_argument("--page-size", nargs="+", type=int, default=[64], metavar="N")
+    parser.add_argument("--dtype", choices=list(_BYTES), default="bf16", help="default: %(default)s")
     asked = parser.parse_args()
     if not isinstance(kernels.store_kv, JITFunction):
         parser.error("TRITON_INTERPRET is set: nothing would be compiled.")
@@ -237,7 +242,7 @@ def main() -> None:
             f"{'kernel':24}{'arch':8}{'D':>4}{'G':>3}{'N':>4} {'features':9}{'tile':18}{'registers':>10}{'spills':>7}"
             f"{'shared':>8}{'programs':>9}  matrix and copy instructions"
         )
-    for case in cases(asked.arch, asked.head_dim, asked.group, asked.page_size):
+    for case in cases(asked.arch, asked.head_dim, asked.group, asked.page_size, asked.dtype):
         found = inspect(case)
         if asked.json:
             print(json.dumps(asdict(found)), flush=True)

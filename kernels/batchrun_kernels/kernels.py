@@ -46,14 +46,15 @@ def _load_tile(pool, page, kv_head, tokens, KV_HEADS: tl.constexpr, N: tl.conste
 @triton.jit
 def _attend_tile(q, peak, total, acc, keys, values, page, tile, position, kv_head, scale, softcap, window,
                  KV_HEADS: tl.constexpr, N: tl.constexpr, D: tl.constexpr, W: tl.constexpr, TMA: tl.constexpr,
-                 SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, UPCAST: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+                 SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, UPCAST: tl.constexpr,
+                 PRECISION: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     """Take one KV tile, `page`, into a running softmax, in powers of two: weights 2^(score - peak), their sum
     `total [M]`, and `acc [M, W]`, the values summed with these weights. `tile` is its entry in the work list, read with
     MASKED only."""
     k = _load_tile(keys, page, kv_head, N, KV_HEADS, N, D, W, TMA, False)
     if UPCAST:
         k = k.to(tl.float32)
-    score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
     if SOFTCAP:
         # softcap * tanh(score): scale holds 1 / softcap. exp of what is not positive cannot overflow.
         decay = tl.exp2(tl.abs(score) * (-2.0 * LOG2E))
@@ -77,7 +78,7 @@ def _attend_tile(q, peak, total, acc, keys, values, page, tile, position, kv_hea
     v = _load_tile(values, page, kv_head, tokens, KV_HEADS, N, D, W, TMA, MASKED)
     if UPCAST:
         v = v.to(tl.float32)
-    acc = tl.dot(weight.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
+    acc = tl.dot(weight.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
     return new_peak, total, acc
 
 
@@ -85,7 +86,8 @@ def _attend_tile(q, peak, total, acc, keys, values, page, tile, position, kv_hea
 def _attend_item(query, keys, values, out, partial_out, partial_lse, sinks, item, tiles, positions, kv_head, scale,
                  softcap, window, M: tl.constexpr, KV_HEADS: tl.constexpr, G: tl.constexpr, N: tl.constexpr,
                  D: tl.constexpr, W: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr, SOFTCAP: tl.constexpr,
-                 WINDOW: tl.constexpr, SINKS: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+                 WINDOW: tl.constexpr, SINKS: tl.constexpr, UPCAST: tl.constexpr,
+                 PRECISION: tl.constexpr):  # fmt: skip
     """The rows of one item and the query heads of one KV head attend to the KV tiles of the item."""
     first_row = tl.load(item + 1)
     rows = tl.load(item + 2)
@@ -118,7 +120,7 @@ def _attend_item(query, keys, values, out, partial_out, partial_lse, sinks, item
         next_page = tl.load(tiles + (index + 1) * TILE)
         peak, total, acc = _attend_tile(
             q, peak, total, acc, keys, values, page, tiles, position, kv_head, scale, softcap, window,
-            KV_HEADS, N, D, W, TMA, SOFTCAP, WINDOW, UPCAST, False)  # fmt: skip
+            KV_HEADS, N, D, W, TMA, SOFTCAP, WINDOW, UPCAST, PRECISION, False)  # fmt: skip
         page = next_page
     # What lies before and after the full tiles.
     index = tl.where(begin < full_begin, begin, full_end)
@@ -128,7 +130,7 @@ def _attend_item(query, keys, values, out, partial_out, partial_lse, sinks, item
         next_page = tl.load(tiles + next_index * TILE)
         peak, total, acc = _attend_tile(
             q, peak, total, acc, keys, values, page, tiles + index * TILE, position, kv_head, scale, softcap, window,
-            KV_HEADS, N, D, W, TMA, SOFTCAP, WINDOW, UPCAST, True)  # fmt: skip
+            KV_HEADS, N, D, W, TMA, SOFTCAP, WINDOW, UPCAST, PRECISION, True)  # fmt: skip
         index = next_index
         page = next_page
 
@@ -159,7 +161,7 @@ def shared_prefix_attention(query, keys, values, out, partial_out, partial_lse, 
                             SHORT: tl.constexpr, TALL: tl.constexpr, KV_HEADS: tl.constexpr, G: tl.constexpr,
                             N: tl.constexpr, D: tl.constexpr, W: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
                             SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
-                            UPCAST: tl.constexpr):  # fmt: skip
+                            UPCAST: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Attention of all rows of a step over all KV that they see. Programs walk items x KV heads, the largest first.
 
     Args:
@@ -173,6 +175,7 @@ def shared_prefix_attention(query, keys, values, out, partial_out, partial_lse, 
         softcap: read with SOFTCAP only. window: keys a row sees at most, itself included, read with WINDOW only.
         SHORT, TALL: heights of the tiles of items of kind 0 and 1, in rows times G.
         UPCAST: compute in float32 (the interpreter has no bfloat16 dot).
+        PRECISION: of products, as `tl.dot` takes it.
     """
     count = tl.load(work) * KV_HEADS
     items = work + tl.load(work + 1)
@@ -184,11 +187,11 @@ def shared_prefix_attention(query, keys, values, out, partial_out, partial_lse, 
         if tl.load(item) == 0:
             _attend_item(query, keys, values, out, partial_out, partial_lse, sinks, item, tiles, positions, kv_head,
                          scale, softcap, window, SHORT, KV_HEADS, G, N, D, W, STAGES, TMA, SOFTCAP, WINDOW, SINKS,
-                         UPCAST)  # fmt: skip
+                         UPCAST, PRECISION)  # fmt: skip
         else:
             _attend_item(query, keys, values, out, partial_out, partial_lse, sinks, item, tiles, positions, kv_head,
                          scale, softcap, window, TALL, KV_HEADS, G, N, D, W, STAGES, TMA, SOFTCAP, WINDOW, SINKS,
-                         UPCAST)  # fmt: skip
+                         UPCAST, PRECISION)  # fmt: skip
 
 
 @triton.jit

@@ -157,7 +157,8 @@ def make_work_list(step: Columns, rules: Rules, *, window: int | None = None) ->
     # Which reads are tasks of their own, and which are left to each chunk.
     low = np.zeros(step.tokens.size, dtype=np.int64)  # tokens that no reader sees any more
     if window is not None:
-        low = np.clip(_lowest(positions, step.first_row, step.rows) - window + 1 - step.position, 0, step.tokens)
+        unseen = _lowest(positions, step.first_row, step.rows) - step.position - (window - 1)
+        low = np.minimum(np.maximum(unseen, 0), step.tokens)
     stop_row = step.first_row + step.rows
     first_chunk, last_chunk = chunk_first.searchsorted(step.first_row), chunk_first.searchsorted(stop_row)
     splits_chunks = (ends[first_chunk] != step.first_row) | (ends[last_chunk] != stop_row)
@@ -195,7 +196,8 @@ def make_work_list(step: Columns, rules: Rules, *, window: int | None = None) ->
     heights = np.array((rules.short // rules.group, rules.tall // rules.group))
     kind = np.where(rules.deterministic | (task_rows > heights[SHORT]), TALL, SHORT)
     height = heights[kind]
-    task, nth = _expand(-(-task_rows // height))
+    row_tiles = -(-task_rows // height)
+    task, nth = _expand(row_tiles)
     height, grows = height[task], grows[task]
     offset = nth * height
     rows = np.minimum(height, task_rows[task] - offset)
@@ -208,8 +210,13 @@ def make_work_list(step: Columns, rules: Rules, *, window: int | None = None) ->
         full_begin, full_end = lead_partial[task], lead[task] + sees_first // page_size
     else:
         # All tiles are masked. A list that begins with the KV of others was cut when it was made.
-        below = _lowest(positions, first_row, rows) - window + 1 - task_position[task]
-        begin = np.where(lead[task] == 0, np.clip(below // page_size, 0, end), 0)
+        of_reads = int(row_tiles[:reads].sum())
+        lowest = positions[first_row]  # a chunk's rows are in order
+        lowest[:of_reads] = _lowest(positions, first_row[:of_reads], rows[:of_reads])
+        unseen = lowest - task_position[task] - (window - 1)
+        begin = np.minimum(np.maximum(unseen, 0) // page_size, end)
+        if along.size:
+            begin[lead[task] > 0] = 0
         full_begin = full_end = begin
 
     # Pieces of equal length, or cut at fixed places; what no row of a tile sees has none.
@@ -364,6 +371,8 @@ def _lowest(values: Int64, first: Int, count: Int) -> Int64:
     """The minimum of `values[first : first + count]`, for each."""
     if not first.size:
         return np.empty(0, dtype=np.int64)
-    bounds = np.stack((first, first + count), axis=1).ravel()
+    bounds = np.empty(2 * first.size, dtype=np.int64)
+    bounds[::2] = first
+    np.add(first, count, out=bounds[1::2])
     lowest: Int64 = np.minimum.reduceat(np.append(values, 0), bounds)[::2]
     return lowest

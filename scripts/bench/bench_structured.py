@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def make_tokenizer(folder: Path, size: int = 16384) -> Path:
     """Write tokenizer.json; 0 is padding, `END` ends a text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    files = [path for suffix in ("py", "md", "json*") for path in sorted(ROOT.glob(f"*/**/*.{suffix}"))]
+    files = [path for suffix in ("py", "md", "json", "jsonl") for path in sorted(ROOT.glob(f"*/**/*.{suffix}"))]
     texts = [path.read_text(encoding="utf-8") for path in files if path.is_file() and ".venv" not in path.parts]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -65,12 +66,16 @@ def make_tokenizer(folder: Path, size: int = 16384) -> Path:
 
 
 def bench_run(rows: int, tokens: int, repeats: int) -> dict[str, Any]:
+    """Runs in turn, by one engine, so that each pair has the same machine; after one of each that does not count."""
     from bench_run import make_model
 
-    import batchrun
+    from batchrun.config import load_config
+    from batchrun.pipeline import run_job, start_engine
+    from batchrun.subject import Subject
 
     kinds = {"free": {"ignore_eos": True}, "grammar": {"structured_outputs": {"json": LONG}}}
-    seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
+    execute: dict[str, list[float]] = {kind: [] for kind in kinds}
+    decode: dict[str, list[float]] = {kind: [] for kind in kinds}  # steps of decodes alone, of all runs
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         make_model(root / "model")
@@ -87,20 +92,34 @@ def bench_run(rows: int, tokens: int, repeats: int) -> dict[str, Any]:
                 for i in range(rows)
             ]
             (root / f"{kind}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        for repeat in range(repeats):
-            for kind in kinds if repeat % 2 else reversed(kinds):
-                out = root / f"{kind}-{repeat}.run"
-                report = batchrun.run(root / f"{kind}.jsonl", model=str(root / "model"), out=out)
-                assert report.tokens.output == rows * tokens
-                seconds[kind].append(report.seconds.execute or 0.0)
-                print(f"{kind:8} {seconds[kind][-1]:8.2f} s, {report.steps} steps", flush=True)
-    medians = {kind: statistics.median(found) for kind, found in seconds.items()}
+        config = load_config(model=str(root / "model"))
+        with closing(start_engine(Subject.resolve(config, weights=True), config)) as engine:
+            for repeat in range(-1, repeats):
+                for kind in kinds if repeat % 2 else reversed(kinds):
+                    out = root / f"{kind}{repeat}.run"
+                    options = load_config(model=str(root / "model"), out=str(out))
+                    report = run_job(str(root / f"{kind}.jsonl"), options, engine=engine).report
+                    assert report.tokens.output == rows * tokens
+                    if repeat < 0:
+                        continue
+                    execute[kind].append(report.seconds.execute or 0.0)
+                    records = [json.loads(line)["record"] for line in (out / "steps.jsonl").read_text().splitlines()]
+                    decode[kind] += [step["seconds"] for step in records if not step["prefill_rows"]]
+                    print(f"{kind:8} {execute[kind][-1]:8.2f} s, {report.steps} steps", flush=True)
+    pairs = sorted(grammar / free - 1 for grammar, free in zip(execute["grammar"], execute["free"], strict=True))
+    quarters = {kind: statistics.quantiles(found, n=4) for kind, found in decode.items()}
     return {
         "rows": rows,
         "tokens": tokens,
-        "seconds": seconds,
-        "slower": medians["grammar"] / medians["free"] - 1,
-        "slower_by_fastest": min(seconds["grammar"]) / min(seconds["free"]) - 1,
+        "execute": execute,
+        "slower_by_medians": statistics.median(execute["grammar"]) / statistics.median(execute["free"]) - 1,
+        "slower_by_fastest": min(execute["grammar"]) / min(execute["free"]) - 1,
+        "slower_in_pairs": pairs,
+        "decode_steps": {kind: len(found) for kind, found in decode.items()},
+        "decode_step_ms_quartiles": {kind: [1e3 * q for q in found] for kind, found in quarters.items()},
+        "decode_slower_by_quartiles": [
+            grammar / free - 1 for grammar, free in zip(quarters["grammar"], quarters["free"], strict=True)
+        ],
         "versions": {name: version(name) for name in ("batchrun", "torch", "llguidance")},
     }
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from factories import make_model
+from factories import load_reference, make_model
 from oracles import DEAR_ROWS, make_requests
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
@@ -51,8 +51,7 @@ def check(folder: Path, architecture: str, setting: Setting) -> dict[str, Any]:
     path = make_model(folder / architecture, architecture, **ARCHITECTURES[architecture])
     spec, _, generation = read_model_spec(path)
     prompts, new_tokens = make_prompts(tiny=setting.tiny), 3 if setting.tiny else 32
-    theirs: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    theirs = theirs.to(setting.device).eval()
+    theirs = load_reference(path).to(setting.device).eval()
     expected = []
     for prompt in prompts:
         ids = torch.tensor([prompt], device=setting.device)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from batchrun_kernels.attention import SharedPrefixAttention
 from oracles import DEAR_ROWS, make_requests
 
+from batchrun.engine.device import Device
 from batchrun.engine.model import Attention, load_model
 from batchrun.engine.torch_worker import TorchWorker
 from batchrun.execution.loop import run_loop
@@ -18,6 +21,20 @@ from batchrun.planning.memory import MemoryBudget
 from batchrun.planning.planner import PlanOptions, make_plan
 from batchrun.prefix.forest import build_forest
 from batchrun.schedule.scheduler import Scheduler
+
+
+class Watched(Device):
+    """Where a graph would be captured of a call, no work list may come from the host."""
+
+    def __init__(self) -> None:
+        self.graphed_calls = 0
+
+    def graphed(self, key: Hashable, call: Callable[[], torch.Tensor]) -> torch.Tensor:
+        self.graphed_calls += 1
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delattr(SharedPrefixAttention, "plan")
+            return super().graphed(key, call)
+
 
 ModelFactory = Callable[..., Path]
 NEW_TOKENS = 3
@@ -37,16 +54,22 @@ def make_prompts() -> list[list[int]]:
 
 
 def answers(
-    model: Path, attention: Attention, *, pages: int, step_tokens: int, depth: int = 1
+    prompts: list[list[int]],
+    model: Path,
+    attention: Attention,
+    *,
+    step_tokens: int,
+    pages: int = 80,
+    depth: int = 1,
 ) -> tuple[list[list[int]], set[str]]:
     """The greedy tokens of all prompts, and which kinds of steps there were."""
-    prompts = make_prompts()
     requests = make_requests(prompts, [NEW_TOKENS + 6 * (i < 3) for i in range(len(prompts))])
     loaded = load_model(model, json.loads((model / "config.json").read_text()), "float32", "cpu", attention=attention)
     budget = MemoryBudget(page_size=16, pages=pages, page_bytes=1, weight_bytes=0)
     options = PlanOptions(schedule_order="dfs", grouping="tree", step_tokens=step_tokens)
     plan = make_plan(requests, build_forest(requests.tokens), DEAR_ROWS, budget, options)
-    worker = TorchWorker(loaded, requests, eos_token_ids=frozenset({EOS}), page_size=16, num_pages=pages)
+    device = Watched()
+    worker = TorchWorker(loaded, requests, eos_token_ids=frozenset({EOS}), page_size=16, num_pages=pages, device=device)
     found: dict[int, list[int]] = {}
     kinds: set[str] = set()
 
@@ -60,6 +83,8 @@ def answers(
             kinds.add("levels")
         if output.padded_rows:
             kinds.add("padded")
+        if device.graphed_calls:
+            kinds.add("graphed")
 
     run_loop(
         Scheduler(plan, requests, depth=depth),
@@ -92,11 +117,17 @@ def answers(
 def test_the_kernels_give_the_tokens_of_the_cpu(model_dir: ModelFactory, architecture: str, options: dict) -> None:
     assert os.environ["TRITON_INTERPRET"] == "1"
     model = model_dir(architecture, **options)
+    prompts = make_prompts()
     # Small chunks, so that prefill of one prompt is mixed with decodes of others.
-    expected, kinds = answers(model, "cpu", pages=80, step_tokens=23)
+    expected, kinds = answers(prompts, model, "cpu", step_tokens=23)
     assert kinds == {"mixed", "chunked", "levels"}
     # As on a GPU: two steps in flight, and steps of decodes padded to what a graph would be captured for.
-    found, kinds = answers(model, "triton", pages=80, step_tokens=23, depth=2)
-    assert kinds == {"mixed", "chunked", "levels", "padded"}
+    found, kinds = answers(prompts, model, "triton", step_tokens=23, depth=2)
+    assert kinds == {"mixed", "chunked", "levels", "padded", "graphed"}
     assert found == expected
     assert len({tuple(answer) for answer in expected}) > 3, "the model says the same to everything"
+    # The first step of a model makes its work lists on the way, even one of decodes alone.
+    single = [prompt[:1] for prompt in prompts[:3]]
+    found, kinds = answers(single, model, "triton", step_tokens=23)
+    assert kinds == {"padded", "graphed"}
+    assert found == answers(single, model, "cpu", step_tokens=23)[0]

@@ -56,6 +56,8 @@ def test_what_has_no_memory_is_told_from_what_is_wrong() -> None:
     device = Device()
     assert device.is_full(torch.OutOfMemoryError("CUDA out of memory"))
     assert device.is_full(MemoryError())
+    assert device.is_full(RuntimeError("CUDA error: out of memory"))
+    assert device.is_full(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 60, dtype=torch.uint8)
     assert device.is_full(caught.value)

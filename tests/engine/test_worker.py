@@ -12,9 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from factories import ARCHITECTURES
+from factories import ARCHITECTURES, load_reference
 from oracles import DEAR_ROWS, make_requests
-from transformers import AutoModelForCausalLM
 
 from batchrun.engine import decoder as decoder_module
 from batchrun.engine.batch import StepTensors
@@ -56,7 +55,7 @@ PROMPTS = make_prompts()
 @cache
 def generated(model: Path) -> list[list[int]]:
     """What transformers answers."""
-    module = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    module = load_reference(model)
     answers = []
     for prompt in PROMPTS:
         ids = torch.tensor([prompt])
@@ -242,6 +241,7 @@ def test_memory_for_kv_is_measured_beside_the_largest_step(model_dir: ModelFacto
     model = model_dir("llama")
     loaded = load_model(model, json.loads((model / "config.json").read_text()), "float32", "cpu")
     rows: list[int] = []
+    pools: list[int] = []
 
     class Watched:
         def __getattr__(self, name: str) -> object:
@@ -250,8 +250,10 @@ def test_memory_for_kv_is_measured_beside_the_largest_step(model_dir: ModelFacto
         def logits(self, batch: StepTensors, kv_cache: KVCache) -> torch.Tensor:
             logits = loaded.logits(batch, kv_cache)
             rows.append(len(logits))
+            pools.append(len(kv_cache.tokens[0]))
             return logits
 
     assert kv_memory(Watched(), MeasuringDevice(), share=0.9, rows=100, page_size=16) == 900  # type: ignore[arg-type]
     assert rows == [100]
+    assert pools == [16], "pages would be counted as what a step takes"
     assert kv_memory(loaded, Device(), share=0.9, rows=100, page_size=16) is None

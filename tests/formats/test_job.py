@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from batchrun.formats.job import lint_job, open_job, read_job
-from batchrun.request import Endpoint, Grammar, JobLine, LineFault, LineOptions
+from batchrun.request import Endpoint, Grammar, JobLine, LineFault, LineOptions, ToolChoice
 
 HELLO = {"role": "user", "content": "Hello"}
 
@@ -355,7 +355,6 @@ NOT_BUILT = {
     "best_of": 2,
     "stream": True,
     "prompt_logprobs": 0,
-    "tool_choice": "required",
     "functions": [{"name": "f"}],
     "function_call": {"name": "f"},
     "reasoning_effort": "low",
@@ -379,9 +378,13 @@ def test_field_that_is_not_built_is_refused_by_name(tmp_path, name, value):
 def test_tools_and_what_else_the_template_gets(tmp_path):
     tool = {"type": "function", "function": {"name": "clock", "parameters": {"type": "object"}}}
     line = sound(tmp_path, chat(tools=[tool], chat_template_kwargs={"enable_thinking": False}))
-    assert (line.tools, line.template_kwargs, line.options.tool_calls) == ((tool,), {"enable_thinking": False}, True)
+    assert (line.tools, line.template_kwargs, line.options.tool_choice) == (
+        (tool,),
+        {"enable_thinking": False},
+        ToolChoice.AUTO,
+    )
     line = sound(tmp_path, chat(tools=[tool], tool_choice="none"))
-    assert (line.tools, line.options.tool_calls) == (None, None)
+    assert (line.tools, line.options.tool_choice) == (None, None)
     call = {"id": "c1", "type": "function", "function": {"name": "clock", "arguments": '{"zone": "UTC"}'}}
     turns = [HELLO, {"role": "assistant", "content": None, "tool_calls": [call]}]
     read = {"id": "c1", "type": "function", "function": {"name": "clock", "arguments": {"zone": "UTC"}}}
@@ -401,6 +404,62 @@ def test_tools_and_what_else_the_template_gets(tmp_path):
         ),
     ):
         assert fault(tmp_path, chat(**{field: value})).param == param
+
+
+def function(name: str, **more: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, **more}}
+
+
+CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+TOOLS = [function("weather", parameters=CITY), function("clock")]
+NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
+
+
+def test_calls_that_an_answer_must_make(tmp_path):
+    def wanted(**more: Any) -> tuple[Any, ...]:
+        options = sound(tmp_path, chat(**{"tools": TOOLS, **more})).options
+        assert options.grammar is not None and options.grammar.kind == "tools"
+        assert options.grammar_field == "tool_choice"
+        return options.tool_choice, options.parallel_tool_calls, json.loads(options.grammar.text)
+
+    both = [["weather", CITY], ["clock", NO_ARGUMENTS]]
+    assert wanted(tool_choice="required") == (ToolChoice.REQUIRED, None, {"tools": both, "many": True})
+    assert wanted(tool_choice="required", parallel_tool_calls=False) == (
+        (ToolChoice.REQUIRED, False, {"tools": both, "many": False})
+    )
+    named = (ToolChoice.NAMED, None, {"tools": both[1:], "many": False})
+    assert wanted(tool_choice=function("clock")) == named
+    # A format of what is said besides calls leaves them as they are.
+    assert wanted(tool_choice=function("clock"), response_format={"type": "json_object"}) == named
+    loose = function("loose", parameters={"type": ["object", "null"]})
+    assert wanted(tool_choice=function("loose"), tools=[loose])[2]["tools"] == [["loose", {"type": "object"}]]
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "param"),
+    [
+        ({"tool_choice": "required"}, "invalid_request", "tool_choice"),
+        ({"tool_choice": "required", "tools": []}, "invalid_request", "tool_choice"),
+        ({"tool_choice": function("clock")}, "invalid_request", "tool_choice.function.name"),
+        ({"tool_choice": function("nobody"), "tools": TOOLS}, "invalid_request", "tool_choice.function.name"),
+        ({"tool_choice": "sometimes", "tools": TOOLS}, "invalid_request", "tool_choice"),
+        ({"tool_choice": {"function": "clock"}, "tools": TOOLS}, "invalid_request", "tool_choice"),
+        ({"tool_choice": {"type": "allowed_tools"}, "tools": TOOLS}, "unsupported_field", "tool_choice.type"),
+        ({"tool_choice": "required", "tools": [function("two words")]}, "invalid_request", "tools"),
+        ({"tool_choice": "required", "tools": [function("f", parameters=3)]}, "invalid_request", "tools"),
+        (
+            {"tool_choice": "required", "tools": [function("f", parameters={"type": "array"})]},
+            "invalid_request",
+            "tools",
+        ),
+        ({"tool_choice": "required", "tools": TOOLS, "guided_regex": "a"}, "invalid_request", "guided_regex"),
+        ({"tool_choice": "required", "tools": TOOLS, "bad_words": ["a"]}, "invalid_request", "bad_words"),
+        ({"parallel_tool_calls": 1}, "invalid_request", "parallel_tool_calls"),
+    ],
+)
+def test_calls_that_cannot_be_made_are_refused_by_name(tmp_path, fields, code, param):
+    found = fault(tmp_path, chat(**fields))
+    assert (found.code, found.param) == (code, f"body.{param}")
 
 
 SCHEMA = {"type": "object", "properties": {"b": {"type": "integer"}, "a": {}}}

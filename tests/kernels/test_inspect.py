@@ -28,11 +28,12 @@ def attention(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [one for one in found if one["case"]["kernel"] == "shared_prefix_attention"]
 
 
-def assert_sound(found: list[dict[str, Any]]) -> None:
-    """No spill and a program that fits, for every kernel; matrix units and asynchronous copies in attention."""
+def assert_sound(found: list[dict[str, Any]], spills: int = 0) -> None:
+    """No spill (or no more than so many) and a program that fits, for every kernel; matrix units and asynchronous
+    copies in attention."""
     assert {one["case"]["kernel"] for one in found} == {"shared_prefix_attention", "merge_states", "store_kv"}
     for one in found:
-        assert one["spills"] == 0, one
+        assert one["spills"] <= spills, one
         assert one["programs"] >= 1, one
     for one in attention(found):
         arch, loops = one["case"]["arch"], one["loops"]
@@ -45,12 +46,13 @@ def assert_sound(found: list[dict[str, Any]]) -> None:
             assert loops[branch]["loops"] == 2, one
             assert loops[branch]["matrix units"] + loops[branch]["dots"] >= 4, one
             copied = loops[branch]["descriptor loads" if tma else "asynchronous loads"]
-            assert copied >= 4, one
+            alone = one["tile"].endswith(" 1s")  # one tile of K and V at a time: none is copied while another is used
+            assert copied >= 4 or (alone and not tma), one
             assert bool(loops[branch]["descriptor loads"]) == tma, one
         assert bool(one["copies"].get("UTMALDG")) == tma
-        wide = int(one["tile"].split()[0].partition("x")[2]) >= 64
+        wide = arch in ("sm_90", "sm_100") and int(one["tile"].split()[0].partition("x")[2]) >= 64
         assert not loops["short"]["matrix units"]  # 16 rows are below what those of sm_90 and later take
-        assert bool(loops["tall"]["matrix units"]) == bool(not loops["tall"]["dots"]) == (tma and wide), one
+        assert bool(loops["tall"]["matrix units"]) == bool(not loops["tall"]["dots"]) == wide, one
         assert bool(one["matrix"].get("HGMMA")) == (arch == "sm_90" and wide)
         assert bool(one["matrix"].get("UTCHMMA")) == (arch == "sm_100" and wide)
         assert one["matrix"]["HMMA"] > 0
@@ -61,9 +63,28 @@ def test_what_most_models_run(arch: str) -> None:
     assert_sound(inspect("--arch", arch, "--head-dim", "128"))
 
 
+def test_float32_with_the_widest_heads() -> None:
+    """Rows of 1,024 bytes: what asks for most registers and shared memory."""
+    assert_sound(inspect("--arch", "sm_90", "--head-dim", "256", "--dtype", "fp32"))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"])
+def test_all_that_is_shipped_in_float32(arch: str) -> None:
+    assert_sound(inspect("--arch", arch, "--dtype", "fp32", "--head-dim", "64", "80", "96", "128"))
+    if arch != "sm_120":
+        wide = inspect("--arch", arch, "--dtype", "fp32", "--head-dim", "192", "256")
+        assert_sound(wide, spills={"sm_80": 32, "sm_100": 32, "gfx942": 64}.get(arch, 0))
+    for page_size in ("16", "32"):
+        found = inspect("--arch", arch, "--dtype", "fp32", "--head-dim", "64", "128", "--page-size", page_size)
+        assert_sound(found)
+    assert_sound(inspect("--arch", arch, "--dtype", "fp32", "--head-dim", "128", "--group", "1", "7", "8"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"])
 def test_all_that_is_shipped(arch: str) -> None:
     dims = ("64", "80", "96", "128", "192", "256")
     assert_sound(inspect("--arch", arch, "--head-dim", *dims))
@@ -77,4 +98,16 @@ def test_programs_of_a_tile_are_those_that_fit() -> None:
     from batchrun_kernels.tiles import choose_tile
 
     [plain, _] = attention(inspect("--arch", "sm_90", "--head-dim", "128"))
-    assert plain["programs"] == choose_tile("sm_90", 256, 4).programs
+    assert plain["programs"] == choose_tile("sm_90", 2, 128, 4).programs
+
+
+def test_a_later_architecture_runs_what_an_earlier_one_of_its_family_does() -> None:
+    from batchrun_kernels.tiles import choose_tile
+
+    assert choose_tile("sm_89", 2, 128, 4) == choose_tile("sm_80", 2, 128, 4)
+    assert choose_tile("sm_103", 2, 128, 4) == choose_tile("sm_100", 2, 128, 4)
+    assert choose_tile("sm_121", 2, 128, 4) == choose_tile("sm_120", 2, 128, 4)
+    with pytest.raises(ValueError, match="sm_75"):
+        choose_tile("sm_75", 2, 128, 4)
+    with pytest.raises(ValueError, match="shared memory"):
+        choose_tile("sm_120", 4, 256, 4)

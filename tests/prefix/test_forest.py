@@ -84,7 +84,7 @@ def test_runs_longer_than_a_comparison_window() -> None:
 
 
 def test_memory_at_its_peak_is_a_few_columns():
-    """Of each short prompt some 45 bytes stay, and some 150 are taken for a while."""
+    """Of each short prompt some 45 bytes stay, and some 90 are taken for a while."""
     count = 60_000
     rows = np.arange(count)
     digits = 1 + rows[:, None] // 10 ** np.arange(4, -1, -1) % 10
@@ -99,4 +99,4 @@ def test_memory_at_its_peak_is_a_few_columns():
     assert len(forest) > count
     assert kept < 60 * count
     # One block of windows is compared at a time, whatever the number of prompts.
-    assert peak < 170 * count + (2 << 20)
+    assert peak < 105 * count + (2 << 20)

@@ -14,7 +14,9 @@ import platform
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -24,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-_SOURCES = [Path(__file__).with_name(name) for name in ("numbers.h", "attention.c", "layer.c", "linear.c")]
+_SOURCES = [Path(__file__).with_name(name) for name in ("numbers.h", "kernels.h", "attention.c", "layer.c", "linear.c")]
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=gnu11", "-fopenmp", "-fPIC", "-shared")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _VECTORS = 96  # query vectors of a block at most: their results and a chunk of KV stay in the second cache
@@ -53,8 +55,8 @@ _Work = _structure(
     int64="pages_stride",
     int32="rows blocks block_rows page_size",
 )
-_Layer = _structure(
-    "_Layer",
+_Attention = _structure(
+    "_Attention",
     void_p="query out pool sinks",
     int64="row_stride place_stride head_stride",
     int32="group kv_heads dim window",
@@ -64,13 +66,31 @@ _Heads = _structure("_Heads", void_p="query key", float="eps", int32="heads kv_h
 _Linear = _structure("_Linear", void_p="weight bias", int64="inner outer")
 
 
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, _Linear) for name in ("qkv", "output", "gate", "up", "down")),
+        *((name, ctypes.c_void_p) for name in ("attention_norm", "mlp_norm")),
+        ("heads", _Heads),
+        *((name, ctypes.c_float) for name in ("attention_eps", "mlp_eps", "scale")),
+        ("window", ctypes.c_int32),
+        ("hidden", ctypes.c_int64),
+    ]
+
+
+_Rows = _structure(
+    "_Rows",
+    void_p="hidden normed output qkv query seen inner turn places wanted work",
+    int64="rows num_wanted",
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Reads:
     """Which rows of a step read whose KV, in columns, int `[N]` each.
 
     Rows `[first_row, first_row + rows)` see the first `tokens` tokens of slot `sequence`, the first of which is at
-    `position`, as far as these are not after the row itself (nor, with a window, too far before it). What a row reads is
-    summed in this order.
+    `position`, as far as these are not after the row itself (nor, with a window, too far before it). What a row reads
+    is summed in this order.
     """
 
     sequence: Int
@@ -115,6 +135,42 @@ class AttentionWork:
         self.struct = _Work(*pointers, pages.shape[1], rows, blocks, height, page_size)
 
 
+_HUGE = 2 << 20  # bytes of a huge page
+_ARENA = 32 << 20
+
+
+def in_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor whose memory the system gives in huge pages, where it has any: few of them to take and to look up."""
+    if sys.platform == "linux":
+        start = -(-tensor.data_ptr() // _HUGE) * _HUGE
+        length = tensor.data_ptr() + tensor.numel() * tensor.element_size() - start
+        if length >= _HUGE:
+            _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(length // _HUGE * _HUGE), 14)  # MADV_HUGEPAGE
+    return tensor
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+class _Arena:
+    """Room for many weights side by side, in huge pages."""
+
+    def __init__(self) -> None:
+        self._room = torch.empty(0, dtype=torch.uint8)
+        self._used = 0
+
+    def take(self, size: int) -> torch.Tensor:
+        """So many bytes, from the begin of a line of the cache on."""
+        if self._used + size > self._room.numel():
+            self._room = in_huge_pages(torch.empty(max(size, _ARENA) + _HUGE, dtype=torch.uint8))
+            self._used = -self._room.data_ptr() % _HUGE
+        taken = self._room[self._used : self._used + size]
+        self._used += -(-size // 64) * 64
+        return taken
+
+
 class PackedWeight:
     """A weight `[outer, inner]` in the order in which it is multiplied, and its bias `[outer]`."""
 
@@ -122,7 +178,7 @@ class PackedWeight:
         outer, inner = weight.shape
         self.outer = outer
         weight = weight.detach().contiguous()
-        self._packed = torch.empty(kernels.library.packed_size(inner, outer), dtype=torch.uint8)
+        self._packed = kernels.arena.take(kernels.library.packed_size(inner, outer))
         kernels.library.pack(weight.data_ptr(), inner, outer, self._packed.data_ptr(), torch.get_num_threads())
         self._bias = None
         if bias is not None:  # as long as the weight is when its last panel is filled up
@@ -144,6 +200,7 @@ class CpuKernels:
             raise NotCompiled(f"there are no compiled kernels for {dtype}")
         self.dtype = dtype
         self.library = _library(_DTYPES[dtype])
+        self.arena = _Arena()
 
     def can_multiply(self, inner: int) -> bool:
         """Whether products of rows of so many numbers are faster here than oneDNN's."""
@@ -244,7 +301,7 @@ class CpuKernels:
         """
         _, group, kv_heads, dim = query.shape
         out = torch.empty_like(query)
-        layer = _Layer(
+        layer = _Attention(
             query.data_ptr(),
             out.data_ptr(),
             pool.data_ptr(),
@@ -261,6 +318,95 @@ class CpuKernels:
         )
         self.library.attend(ctypes.addressof(work.struct), ctypes.addressof(layer), work.threads)
         return out
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """What a layer of a decoder consists of: five products, two norms, and attention.
+
+    The query heads of one place in their groups stand together, and the pairs that RoPE turns are neighbours.
+
+    Attributes:
+        attention_norm, mlp_norm: weights `[H]`, with their epsilon.
+        head_norms: weights `[D]` of the norms of each query and each key head, and their epsilon, where there are any.
+        scale: of scores.
+        window: keys that a row sees at most, itself included.
+    """
+
+    qkv: PackedWeight
+    output: PackedWeight
+    gate: PackedWeight
+    up: PackedWeight
+    down: PackedWeight
+    attention_norm: tuple[torch.Tensor, float]
+    mlp_norm: tuple[torch.Tensor, float]
+    head_norms: tuple[torch.Tensor, torch.Tensor, float] | None
+    heads: int
+    kv_heads: int
+    dim: int
+    scale: float
+    window: int | None
+
+
+class CompiledLayers:
+    """Layers of a decoder, each run by one call."""
+
+    def __init__(self, kernels: CpuKernels, layers: Sequence[LayerWeights]) -> None:
+        self._kernels, self._layers = kernels, layers  # the structures point into them
+        self._structs = [_layer(layer) for layer in layers]
+
+    def run(
+        self,
+        hidden: torch.Tensor,
+        turn: torch.Tensor,
+        places: torch.Tensor,
+        wanted: torch.Tensor,
+        work: AttentionWork,
+        pools: Sequence[torch.Tensor],
+    ) -> torch.Tensor:
+        """Run rows through all layers.
+
+        Args:
+            hidden: `[T, H]`, contiguous.
+            turn: complex `[T, D / 2]`, what pairs of neighbouring numbers are multiplied by (RoPE).
+            places: int64 `[T]`, where in the pools K and V of rows go.
+            wanted: int64 `[S]`, rows that are wanted, in order.
+            work: what their attention consists of.
+            pools: `[places, 2, Hkv, D]`, contiguous, of each layer.
+
+        Returns:
+            `[S, H]`.
+        """
+        one = self._layers[0]
+        rows, width = hidden.shape
+        query = one.heads * one.dim
+        widths = (width, width, width, query + 2 * one.kv_heads * one.dim, query, query, 2 * one.gate.outer)
+        room = [hidden.new_empty(rows, each) for each in widths]
+        room[0].copy_(hidden)
+        turn, places, wanted = turn.contiguous(), places.contiguous(), wanted.contiguous()
+        pointers = [tensor.data_ptr() for tensor in (*room, turn, places, wanted)]
+        struct = _Rows(*pointers, ctypes.addressof(work.struct), rows, len(wanted))
+        for number, (layer, pool) in enumerate(zip(self._structs, pools, strict=True)):
+            last = number == len(self._structs) - 1
+            self._kernels.library.run_layer(
+                ctypes.addressof(layer), ctypes.addressof(struct), pool.data_ptr(), last, work.threads
+            )
+        return room[0][: len(wanted)]
+
+
+def _layer(layer: LayerWeights) -> ctypes.Structure:
+    of_query, of_key, eps = layer.head_norms or (None, None, 0.0)
+    return _Layer(
+        *(part.struct for part in (layer.qkv, layer.output, layer.gate, layer.up, layer.down)),
+        layer.attention_norm[0].data_ptr(),
+        layer.mlp_norm[0].data_ptr(),
+        _Heads(_pointer(of_query), _pointer(of_key), eps, layer.heads, layer.kv_heads, layer.dim),
+        layer.attention_norm[1],
+        layer.mlp_norm[1],
+        layer.scale,
+        layer.window or 0,
+        layer.attention_norm[0].numel(),
+    )
 
 
 def _pointer(tensor: torch.Tensor | None) -> int | None:
@@ -286,6 +432,7 @@ def _library(bfloat16: int) -> ctypes.CDLL:
         "pack": ([pointer, int64, int64, pointer, int32], None),
         "multiply": ([pointer, pointer, int64, pointer, pointer, int32, int32], None),
         "norm": ([pointer, pointer, int64, int64, ctypes.c_float, pointer, int32], None),
+        "run_layer": ([pointer, pointer, pointer, int32, int32], None),
         "take_in": ([pointer, pointer, pointer, pointer, int64, pointer, pointer, int32], None),
     }
     for name, (types, result) in arguments.items():

@@ -10,38 +10,10 @@ lie, and the products of a vector are summed in the same order whatever stands b
 
 The arguments are described in __init__.py. */
 
-#include "numbers.h"
+#include "kernels.h"
 
 #define CHUNK 64
 #define TILE_ROWS 6
-
-typedef struct {
-    int32_t slot;      /* whose KV */
-    int32_t tokens;    /* its first so many */
-    int32_t position;  /* of the first of them */
-    int32_t first_row; /* rows of the step that read it */
-    int32_t rows;
-} Read;
-
-typedef struct {
-    const Read *reads;       /* [reads] */
-    const int32_t *of_block; /* reads, block by block */
-    const int32_t *begins;   /* [blocks + 1], into of_block */
-    const int64_t *pages;    /* [slots, pages_stride] */
-    const int64_t *positions; /* [rows] */
-    int64_t pages_stride;
-    int32_t rows, blocks, block_rows, page_size;
-} Work;
-
-typedef struct {
-    const element *query; /* [rows, group, kv_heads, dim] by these strides */
-    element *out;         /* the same */
-    const element *pool;  /* [places, 2, kv_heads, dim] */
-    const float *sinks;   /* of query head (place, kv_head), or NULL: [group, kv_heads] by these strides over dim */
-    int64_t row_stride, place_stride, head_stride;
-    int32_t group, kv_heads, dim, window; /* window: 0 for none */
-    float scale, softcap;                 /* softcap: 0 for none */
-} Layer;
 
 typedef struct {
     operand *query;   /* [vectors, depth] */
@@ -259,7 +231,7 @@ typedef struct {
 } Walk;
 
 /* Begin with the next read of the block; whether there is one. */
-static int next_read(const Work *work, const Layer *layer, int block, Walk *walk) {
+static int next_read(const Work *work, const Attention *layer, int block, Walk *walk) {
     const int first = block * work->block_rows;
     const int rows = work->rows - first < work->block_rows ? work->rows - first : work->block_rows;
     const int64_t *positions = work->positions + first;
@@ -280,7 +252,7 @@ static int next_read(const Work *work, const Layer *layer, int block, Walk *walk
 }
 
 /* The next chunk of the walk, on its way to the cache already; whether there is one. */
-static int next_chunk(const Work *work, const Layer *layer, int block, int head, Walk *walk, Chunk *chunk) {
+static int next_chunk(const Work *work, const Attention *layer, int block, int head, Walk *walk, Chunk *chunk) {
     while (walk->token >= walk->end)
         if (!next_read(work, layer, block, walk)) return 0;
     const int64_t page = work->page_size, dim = layer->dim;
@@ -307,7 +279,7 @@ static int next_chunk(const Work *work, const Layer *layer, int block, int head,
     return 1;
 }
 
-static void run(const Work *work, const Layer *layer, int block, int head) {
+static void run(const Work *work, const Attention *layer, int block, int head) {
     const int64_t dim = layer->dim, group = layer->group;
     const int64_t depth = PAIRS ? (dim + 1) / 2 : dim, width = (dim + LANES - 1) / LANES * LANES;
     const int64_t value_offset = layer->kv_heads * dim;
@@ -374,7 +346,7 @@ static void run(const Work *work, const Layer *layer, int block, int head) {
         }
 }
 
-void attend(const Work *work, const Layer *layer, int32_t threads) {
+void attend(const Work *work, const Attention *layer, int32_t threads) {
     const int items = work->blocks * layer->kv_heads;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
     for (int item = 0; item < items; item++) run(work, layer, item / layer->kv_heads, item % layer->kv_heads);

@@ -1,14 +1,8 @@
-/* What stands between the products of a layer, each in one pass over its rows. */
+/* What stands between the products of a layer, each in one pass over its rows; and the layer. */
 
-#include "numbers.h"
+#include "kernels.h"
 
 #define MANY 16384 /* numbers, from which on threads are worth waking */
-
-typedef struct {
-    const element *query, *key; /* [dim], weights of norms of single heads, or NULL */
-    float eps;
-    int32_t heads, kv_heads, dim;
-} Heads;
 
 INLINE float mean_of_squares(const element *x, int64_t n) {
     floats sum = all_of(0);
@@ -64,4 +58,35 @@ void take_in(const Heads *heads, element *qkv, const float *turn, const int64_t 
         }
         memcpy(kv + heads->kv_heads * dim, of_row + (heads->heads + heads->kv_heads) * dim, heads->kv_heads * dim * sizeof(element));
     }
+}
+
+/* A layer of a decoder. What comes out is in `hidden`; of the last layer the rows that are wanted, alone.
+
+One call for all of it: threads that wait between two kernels are still awake. */
+void run_layer(const Layer *layer, const Rows *rows, element *pool, int32_t last, int32_t threads) {
+    const int64_t hidden = layer->hidden, dim = layer->heads.dim, heads = layer->heads.heads;
+    const int64_t kv_heads = layer->heads.kv_heads, group = heads / kv_heads;
+    int64_t n = rows->rows;
+    norm(rows->hidden, layer->attention_norm, n, hidden, layer->attention_eps, rows->normed, threads);
+    multiply(&layer->qkv, rows->normed, n, NULL, rows->qkv, PLAIN, threads);
+    take_in(&layer->heads, rows->qkv, rows->turn, rows->places, n, rows->query, pool, threads);
+    const Attention attention = {
+        .query = rows->query, .out = rows->seen, .pool = pool, .sinks = NULL, .row_stride = heads * dim,
+        .place_stride = kv_heads * dim, .head_stride = dim, .group = group, .kv_heads = kv_heads, .dim = dim,
+        .window = layer->window, .scale = layer->scale, .softcap = 0,
+    };
+    attend(rows->work, &attention, threads);
+    if (last) {
+        n = rows->num_wanted;
+        for (int64_t i = 0; i < n; i++) {
+            memmove(rows->seen + i * heads * dim, rows->seen + rows->wanted[i] * heads * dim, heads * dim * sizeof(element));
+            memmove(rows->hidden + i * hidden, rows->hidden + rows->wanted[i] * hidden, hidden * sizeof(element));
+        }
+    }
+    element *gate = rows->inner, *inner = gate + n * layer->gate.outer;
+    multiply(&layer->output, rows->seen, n, rows->hidden, rows->output, ADD, threads);
+    norm(rows->output, layer->mlp_norm, n, hidden, layer->mlp_eps, rows->normed, threads);
+    multiply(&layer->gate, rows->normed, n, NULL, gate, SILU, threads);
+    multiply(&layer->up, rows->normed, n, gate, inner, MULTIPLY, threads);
+    multiply(&layer->down, inner, n, rows->output, rows->hidden, ADD, threads);
 }

@@ -4,7 +4,7 @@ A panel is PANEL columns of the weight, its numbers in the order in which they a
 once for all rows: while the first rows are multiplied with it the next one is on its way to the cache. A row's products are
 summed in the order of its numbers, whatever rows stand beside it. */
 
-#include "numbers.h"
+#include "kernels.h"
 
 #if LANES == 16
 #define ROWS 8 /* times VECTORS: sums that fit the registers */
@@ -15,14 +15,6 @@ summed in the order of its numbers, whatever rows stand beside it. */
 #endif
 #define PANEL (VECTORS * LANES)
 #define LINE 64 /* bytes that come from memory together */
-
-enum How { PLAIN, SILU, ADD, MULTIPLY };
-
-typedef struct {
-    const operand *weight; /* packed */
-    const float *bias;     /* [panels * PANEL] or NULL */
-    int64_t inner, outer;  /* numbers of a row that goes in, and that comes out */
-} Linear;
 
 static int64_t depth_of(int64_t inner) { return PAIRS ? inner / 2 : inner; }
 
