@@ -325,7 +325,7 @@ def test_attention_of_a_row_has_the_same_bits_in_any_step(
     without: str,
     **options: Any,
 ) -> None:
-    """In its step; alone; beside others in any order, in blocks of other heights, by other threads, its KV elsewhere."""
+    """In its step; alone; beside others in any order, in blocks of other heights, by more threads, its KV elsewhere."""
     rng = np.random.default_rng(seed)
     trees, levels, most = shape
     step = make_step(random_forest(rng, trees=trees, levels=levels, most=most), 16, seed=seed)
