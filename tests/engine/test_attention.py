@@ -31,7 +31,6 @@ from batchrun.request import Requests
 from batchrun.schedule.scheduler import Scheduler
 from batchrun.schedule.step import Step, StepOutput
 
-
 AnyBatch = TypeVar("AnyBatch", Batch, CompiledBatch)
 
 

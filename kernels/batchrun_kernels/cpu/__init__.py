@@ -1,8 +1,9 @@
 """A model's layers on a CPU: products, attention and what stands between them, compiled for the processor at hand.
 
 It wants a C compiler (`CC`, else the first of gcc, clang and cc that is found), as `torch.compile` does; what it makes
-is kept in the user's cache directory, where later runs find it. Threads are those of torch's own OpenMP, which is loaded
-with torch. What comes out for a row depends on the row and what it sees alone, to the bit, whatever else is in the step.
+is kept in the user's cache directory, where later runs find it. Threads are those of torch's own OpenMP, which is
+loaded with torch. What comes out for a row depends on the row and what it sees alone, to the bit, whatever else is in
+the step.
 """
 
 from __future__ import annotations
