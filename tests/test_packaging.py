@@ -88,6 +88,7 @@ def test_a_wheel_has_every_module_and_every_shipped_file(wheel):
     expected |= {f"batchrun/{file}" for file in shipped("configs")}
     expected |= {str(file.relative_to("kernels")) for file in shipped("kernels/batchrun_kernels")}
     assert {"batchrun/configs/default.toml", "batchrun/report/page.html", "batchrun_kernels/__init__.py"} <= expected
+    assert {"batchrun_kernels/cpu/numbers.h", "batchrun_kernels/cpu/attention.c"} <= expected  # compiled where it runs
     assert {"batchrun/configs/models/demo.toml", "batchrun/configs/demo/model/model.safetensors"} <= expected
     assert {name for name in wheel if ".dist-info/" not in name} == expected
 

@@ -6,10 +6,12 @@ The steps are the scheduler's own; the keys that a row may see are told from the
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 import pytest
 import torch
+from batchrun_kernels.cpu import CpuKernels
 from batchrun_kernels.reference import shared_prefix_attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,7 +20,7 @@ from oracles import DEAR_ROWS, make_requests
 from batchrun.engine import attention as attention_module
 from batchrun.engine import batch as batch_module
 from batchrun.engine.attention import attend, refuse_unknown
-from batchrun.engine.batch import AttentionWork, Batch
+from batchrun.engine.batch import AttentionCalls, Batch, CompiledBatch
 from batchrun.engine.device import Device
 from batchrun.engine.kv_cache import KVCache, PageTables
 from batchrun.errors import ModelRefused
@@ -28,6 +30,8 @@ from batchrun.prefix.forest import build_forest
 from batchrun.request import Requests
 from batchrun.schedule.scheduler import Scheduler
 from batchrun.schedule.step import Step, StepOutput
+
+AnyBatch = TypeVar("AnyBatch", Batch, CompiledBatch)
 
 
 class Follower:
@@ -70,7 +74,7 @@ class Follower:
         return seen
 
 
-def bound(batch: Batch) -> Batch:
+def bound(batch: AnyBatch) -> AnyBatch:
     batch.bind(Device().upload(batch.arrays), None)
     return batch
 
@@ -109,7 +113,7 @@ def tree(*levels: int, branching: int, own: tuple[int, ...]) -> list[list[int]]:
     return prompts
 
 
-def kinds_of(work: AttentionWork, step: Step) -> set[str]:
+def kinds_of(work: AttentionCalls, step: Step) -> set[str]:
     """What kinds of calls make up the attention of a layer, in words."""
     levels = int(step.prefix_reads.level.max(initial=-1)) + 1
     first = np.cumsum(step.length) - step.length
@@ -159,7 +163,8 @@ def check(
     expect: set[str] = frozenset(),  # type: ignore[assignment]
 ) -> None:
     """Run all steps of a job through a layer for each of `windows`, and compare each row with the reference; `expect`
-    names kinds of calls that have to occur."""
+    names kinds of torch's calls that have to occur. Compiled kernels give the same."""
+    kernels = CpuKernels(dtype)
     requests = make_requests(prompts, [new_tokens] * len(prompts), ignore_eos=True)
     tables, follower = PageTables(page_size), Follower(page_size)
     heads_q, heads_kv = heads
@@ -177,6 +182,7 @@ def check(
             for pool in pools:
                 pool[page * page_size : (page + 1) * page_size] = float("nan")
         batch = bound(Batch(step, tables, group, dtype))
+        compiled = bound(CompiledBatch(step, tables, kernels, group, heads_kv))
         for layer, window in enumerate(windows):
             work = batch.work(window)
             kinds |= kinds_of(work, step)
@@ -187,19 +193,22 @@ def check(
             query = heads[:, :heads_q].contiguous()
             kv = heads[:, heads_q:].unflatten(1, (2, heads_kv))
             by_place_of_sinks = None if s_aux is None else s_aux.float().view(heads_kv, group).T.flatten()
-            out = attend(
-                query,
-                kv,
-                batch,
-                cache.tokens[layer],
-                scaling=0.4,
-                window=window,
-                softcap=softcap,
-                sinks=by_place_of_sinks,
-            )
-            by_place = out.view(step.num_rows, group, heads_kv, head_dim)
+            outs = [
+                attend(
+                    query,
+                    kv,
+                    by,
+                    cache.tokens[layer],
+                    scaling=0.4,
+                    window=window,
+                    softcap=softcap,
+                    sinks=by_place_of_sinks,
+                )
+                for by in (batch, compiled)
+            ]
+            shape = step.num_rows, group, heads_kv, head_dim
             expected, _ = shared_prefix_attention(
-                query.view(by_place.shape).transpose(1, 2).flatten(1, 2),
+                query.view(shape).transpose(1, 2).flatten(1, 2),
                 cache.keys[layer],
                 cache.values[layer],
                 follower.visible(step, window),
@@ -207,8 +216,10 @@ def check(
                 softcap=softcap,
                 sinks=s_aux,
             )
-            error = (by_place.transpose(1, 2).flatten(1, 2).float() - expected).norm(dim=-1) / expected.norm(dim=-1)
-            assert float(error.max()) < tolerance, (step.index, window)  # NaN is not below
+            for out in outs:
+                found = out.view(shape).transpose(1, 2).flatten(1, 2).float()
+                error = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+                assert float(error.max()) < tolerance, (step.index, window)  # NaN is not below
     assert expect <= kinds
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from batchrun_kernels import cpu
 from factories import ARCHITECTURES, load_reference
 from oracles import DEAR_ROWS, make_requests
 
@@ -19,7 +20,7 @@ from batchrun.engine import decoder as decoder_module
 from batchrun.engine.batch import StepTensors
 from batchrun.engine.device import Device
 from batchrun.engine.kv_cache import KVCache
-from batchrun.engine.model import load_model
+from batchrun.engine.model import Attention, load_model
 from batchrun.engine.torch_worker import TorchWorker, kv_memory
 from batchrun.errors import ModelRefused
 from batchrun.execution.loop import run_loop
@@ -156,10 +157,18 @@ def test_a_run_that_has_no_memory_for_a_row_says_so(model_dir: ModelFactory, mon
 
 
 def answers_of(
-    model: Path, requests: Requests, *, pages: int, page_size: int, step_tokens: int, scattered: bool = False
+    model: Path,
+    requests: Requests,
+    *,
+    pages: int,
+    page_size: int,
+    step_tokens: int,
+    scattered: bool = False,
+    attention: Attention = "compiled",
 ) -> list[list[int]]:
     config = json.loads((model / "config.json").read_text())
-    loaded = load_model(model, config, "float32", "cpu")
+    loaded = load_model(model, config, "float32", "cpu", attention=None if attention == "compiled" else attention)
+    assert loaded.attention == attention
     budget = MemoryBudget(page_size=page_size, pages=pages, page_bytes=1, weight_bytes=0)
     options = PlanOptions(schedule_order="dfs", grouping="tree", step_tokens=step_tokens)
     plan = make_plan(requests, build_forest(requests.tokens), DEAR_ROWS, budget, options)
@@ -209,6 +218,40 @@ def test_equals_generate_by_transformers_own_layers(
     requests = make_requests(PROMPTS, [NEW_TOKENS] * len(PROMPTS))
     found = answers_of(model, requests, pages=70, page_size=4, step_tokens=19)
     assert [without_end(each) for each in found] == [without_end(each) for each in generated(model)]
+
+
+@pytest.mark.parametrize("architecture", ["llama-biases", "qwen2-window", "gemma2-window", "gpt_oss-window"])
+def test_equals_generate_without_compiled_kernels(model_dir: ModelFactory, architecture: str) -> None:
+    model = model_dir(architecture)
+    requests = make_requests(PROMPTS, [NEW_TOKENS] * len(PROMPTS))
+    for pages, page_size, step_tokens, scattered in ((200, 16, 1000, False), (70, 4, 19, True)):
+        found = answers_of(
+            model,
+            requests,
+            pages=pages,
+            page_size=page_size,
+            step_tokens=step_tokens,
+            scattered=scattered,
+            attention="torch",
+        )
+        assert [without_end(each) for each in found] == [without_end(each) for each in generated(model)]
+
+
+def test_without_a_compiler_torch_computes_and_the_log_says_so_once(
+    model_dir: ModelFactory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cpu, "_library", cpu._library.__wrapped__)  # nothing is compiled yet
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", "")
+    model = model_dir("llama")
+    requests = make_requests(PROMPTS, [NEW_TOKENS] * len(PROMPTS))
+    found, _, _ = run_worker(model, requests)
+    assert [without_end(found[request]) for request in range(len(PROMPTS))] == [
+        without_end(each) for each in generated(model)
+    ]
+    [said] = [record for record in caplog.records if record.name.startswith("batchrun")]
+    assert said.levelname == "WARNING"
+    assert "there is no C compiler" in said.getMessage()
 
 
 def test_sharded_weights_are_the_same_model(model_dir: ModelFactory) -> None:

@@ -1,8 +1,9 @@
 """A model's layers on a CPU: products, attention and what stands between them, compiled for the processor at hand.
 
-It wants a C compiler (`CC`, else gcc or clang), as `torch.compile` does; what it makes is kept in the user's cache
-directory, where later runs find it. Threads are those of torch's own OpenMP, which is loaded with torch. What comes out
-for a row depends on the row and what it sees alone, to the bit, whatever else is in the step.
+It wants a C compiler (`CC`, else the first of gcc, clang and cc that is found), as `torch.compile` does; what it makes
+is kept in the user's cache directory, where later runs find it. Threads are those of torch's own OpenMP, which is
+loaded with torch. What comes out for a row depends on the row and what it sees alone, to the bit, whatever else is in
+the step.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import numpy.typing as npt
 import torch
 
 _SOURCES = [Path(__file__).with_name(name) for name in ("numbers.h", "kernels.h", "attention.c", "layer.c", "linear.c")]
-_FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fopenmp", "-fPIC", "-shared")
+_FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=gnu11", "-fopenmp", "-fPIC", "-shared")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _VECTORS = 96  # query vectors of a block at most: their results and a chunk of KV stay in the second cache
 _FEWEST_VECTORS = 12  # and at least: keys are turned once a block
@@ -117,7 +118,7 @@ class AttentionWork:
         blocks = -(-rows // height)
         # As many as can be shared out evenly.
         blocks += next(more for more in range(self.threads) if (blocks + more) * kv_heads % self.threads == 0)
-        height = -(-rows // blocks)
+        height = -(-rows // max(blocks, 1)) or 1
         low, high = reads.first_row // height, (reads.first_row + reads.rows - 1) // height
         count = high - low + 1
         entry = np.repeat(np.arange(count.size), count)
@@ -418,12 +419,15 @@ def _library(bfloat16: int) -> ctypes.CDLL:
     found = next(filter(None, map(shutil.which, ("gcc", "clang", "cc"))), None)
     compiler = shlex.split(os.environ.get("CC", "")) or ([found] if found else [])
     if not compiler:
-        raise NotCompiled("there is no C compiler: install gcc or clang, or set CC")
+        raise NotCompiled("there is no C compiler: install gcc, or set CC")
     command = [*compiler, *_FLAGS, f"-DBFLOAT16={bfloat16}"]
-    file = _cache_directory() / f"cpu-{_fingerprint(command)}.so"
-    if not file.exists():
-        _compile(command, file)
-    library = ctypes.CDLL(str(file))
+    try:
+        file = _cache_directory() / f"cpu-{_fingerprint(command)}.so"
+        if not _is_whole(file):
+            _compile(command, file)
+        library = ctypes.CDLL(str(file))
+    except OSError as error:  # a compiler or a directory that is not there, or a file that cannot be loaded from there
+        raise NotCompiled(str(error)) from error
     pointer, int32, int64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
     arguments: dict[str, tuple[list[Any], Any]] = {
         "attend": ([pointer, pointer, int32], None),
@@ -442,26 +446,30 @@ def _library(bfloat16: int) -> ctypes.CDLL:
 
 
 def _compile(command: list[str], file: Path) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=file.parent) as folder:  # others may be compiling too
-            made = Path(folder) / file.name
-            sources = [str(source) for source in _SOURCES if source.suffix == ".c"]
-            made_by = [*command, *sources, "-o", str(made), "-lm"]
-            done = subprocess.run(made_by, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise NotCompiled(f"{command[0]} failed: {done.stderr.strip()[-500:]}")
-            made.replace(file)
-    except OSError as error:
-        raise NotCompiled(str(error)) from error
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:  # others may be compiling too
+        made = Path(folder) / file.name
+        sources = [str(source) for source in _SOURCES if source.suffix == ".c"]
+        made_by = [*command, *sources, "-o", str(made), "-lm"]
+        done = subprocess.run(made_by, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise NotCompiled(f"{command[0]} failed: {done.stderr.strip()[-500:]}")
+        with made.open("ab") as end:
+            end.write(hashlib.sha256(made.read_bytes()).digest())  # which loaders pass over
+        made.replace(file)
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a compiled file is there and as it was made: one that was cut short may end the process when loaded."""
+    if not file.exists():
+        return False
+    content = file.read_bytes()
+    return hashlib.sha256(content[:-32]).digest() == content[-32:]
 
 
 def _fingerprint(command: list[str]) -> str:
     """Of all that the compiled file depends on; home directories are shared by unlike machines."""
-    try:
-        version = subprocess.run([command[0], "--version"], capture_output=True, text=True, check=False).stdout
-    except OSError as error:
-        raise NotCompiled(str(error)) from error
+    version = subprocess.run([command[0], "--version"], capture_output=True, text=True, check=False).stdout
     sources = [source.read_text() for source in _SOURCES]
     parts = (version, *command, platform.machine(), _processor(), *sources)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

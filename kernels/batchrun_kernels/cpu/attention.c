@@ -203,7 +203,7 @@ INLINE void weigh(float *scores, operand *weights, int count, int from, int to, 
     }
     floats less = all_of(*most), sum = *(floats *)total;
     for (int j = 0; j < vectors; j++) {
-        floats w = power_of_two(*(floats *)(scores + j * LANES) * all_of(scale) - less);
+        floats w = power_of_two(fused(*(floats *)(scores + j * LANES), all_of(scale), -less));
         if (!all) w = chosen(between(j * LANES, from, to), w, all_of(0));
         sum += w;
 #if PAIRS

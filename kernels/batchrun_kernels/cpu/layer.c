@@ -9,7 +9,7 @@ INLINE float mean_of_squares(const element *x, int64_t n) {
     int64_t at = 0;
     for (; at + LANES <= n; at += LANES) {
         floats some = some_numbers(x + at);
-        sum += some * some;
+        sum = fused(some, some, sum);
     }
     float all = summed(sum);
     for (; at < n; at++) all += widened(x[at]) * widened(x[at]);

@@ -9,6 +9,8 @@ for float32 or bfloat16 elements. */
 #include <string.h>
 #if defined(__SSE__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #if defined(__AVX512F__)
@@ -99,6 +101,20 @@ INLINE floats all_of(float x) {
     return every + x;
 }
 
+/* a times b and c, rounded once where the processor can. It is said outright, and _FLAGS has -ffp-contract=off: where the
+compiler may choose, it fuses in some copies of a loop and not in others, and a row's bits would depend on which it meets. */
+INLINE floats fused(floats a, floats b, floats c) {
+#if defined(__AVX512F__)
+    return (floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX__) && defined(__FMA__)
+    return (floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+    return (floats)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    return a * b + c;
+#endif
+}
+
 INLINE floats chosen(ints where, floats yes, floats no) {
     return (floats)((where & (ints)yes) | (~where & (ints)no));
 }
@@ -126,12 +142,12 @@ INLINE floats power_of_two(floats x) {
 #endif
     floats r = x - n;
     floats p = all_of(1.535336188319500e-4f);
-    p = p * r + all_of(1.339887440266574e-3f);
-    p = p * r + all_of(9.618437357674640e-3f);
-    p = p * r + all_of(5.550332471162809e-2f);
-    p = p * r + all_of(2.402264791363012e-1f);
-    p = p * r + all_of(6.931472028550421e-1f);
-    p = p * r + all_of(1.0f);
+    p = fused(p, r, all_of(1.339887440266574e-3f));
+    p = fused(p, r, all_of(9.618437357674640e-3f));
+    p = fused(p, r, all_of(5.550332471162809e-2f));
+    p = fused(p, r, all_of(2.402264791363012e-1f));
+    p = fused(p, r, all_of(6.931472028550421e-1f));
+    p = fused(p, r, all_of(1.0f));
 #if defined(__AVX512F__)
     return (floats)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
@@ -171,7 +187,7 @@ INLINE floats multiplied(floats sum, operand a, operands b) {
 #if PAIRS
     return (floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)b);
 #else
-    return sum + a * b;
+    return fused(all_of(a), b, sum);
 #endif
 }
 
