@@ -1,6 +1,6 @@
 """A model's layers on a CPU: products, attention and what stands between them, compiled for the processor at hand.
 
-It wants a C compiler (`CC`, else the first of gcc, clang and cc that is found), as `torch.compile` does; what it makes
+It wants a C compiler (`CC`, else the first of gcc and cc that is found), as `torch.compile` does; what it makes
 is kept in the user's cache directory, where later runs find it. Threads are those of torch's own OpenMP, which is
 loaded with torch. What comes out for a row depends on the row and what it sees alone, to the bit, whatever else is in
 the step.
@@ -416,17 +416,18 @@ def _pointer(tensor: torch.Tensor | None) -> int | None:
 
 @cache
 def _library(bfloat16: int) -> ctypes.CDLL:
-    found = next(filter(None, map(shutil.which, ("gcc", "clang", "cc"))), None)
-    compiler = shlex.split(os.environ.get("CC", "")) or ([found] if found else [])
-    if not compiler:
-        raise NotCompiled("there is no C compiler: install gcc, or set CC")
-    command = [*compiler, *_FLAGS, f"-DBFLOAT16={bfloat16}"]
+    found = next(filter(None, map(shutil.which, ("gcc", "cc"))), None)
     try:
+        compiler = shlex.split(os.environ.get("CC", "")) or ([found] if found else [])
+        if not compiler:
+            raise NotCompiled("there is no C compiler: install gcc, or set CC")
+        command = [*compiler, *_FLAGS, f"-DBFLOAT16={bfloat16}"]
         file = _cache_directory() / f"cpu-{_fingerprint(command)}.so"
         if not _is_whole(file):
             _compile(command, file)
         library = ctypes.CDLL(str(file))
-    except OSError as error:  # a compiler or a directory that is not there, or a file that cannot be loaded from there
+    except (OSError, RuntimeError, ValueError) as error:
+        # A compiler or a directory that is not there, a file that cannot be loaded from there; no home; CC half quoted.
         raise NotCompiled(str(error)) from error
     pointer, int32, int64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
     arguments: dict[str, tuple[list[Any], Any]] = {
