@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a script; commands inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["XDG_CONFIG_HOME"] = str(Path(__file__).parent / "nobody")  # whatever was calibrated here counts for no test
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, on models so small that threads only wait
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
