@@ -186,6 +186,19 @@ def piped(model_dir, tmp_path_factory) -> SimpleNamespace:
     return SimpleNamespace(dir=folder, out=out, err=err, code=process.returncode)
 
 
+def test_without_a_compiler_the_log_says_so_and_a_quiet_run_prints_nothing(model_dir, tmp_path, monkeypatch):
+    """The engine finds out, in the process that it has."""
+    monkeypatch.setenv("CC", str(tmp_path / "no-compiler"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "jobs.jsonl").write_text('{"prompt": "one two", "max_tokens": 2}\n')
+    process = batchrun_process(tmp_path, "run", "jobs.jsonl", "--model", str(model_dir()), "-q")
+    assert process.communicate(timeout=110) == ("", "")
+    assert process.returncode == ExitCode.OK
+    [told] = [line for line in (tmp_path / "jobs.run" / "run.log").read_text().splitlines() if "WARNING" in line]
+    assert "CPU kernels were not compiled" in told
+    assert "no-compiler" in told
+
+
 def test_a_run_in_a_pipe_is_plain_and_narrow(piped):
     assert piped.code == ExitCode.SOME_FAILED
     for text in (piped.out, piped.err):

@@ -113,6 +113,9 @@ class Layer:
             RMSNorm(getattr(attention, name), kernels, pairs) if hasattr(attention, name) else None
             for name in ("q_norm", "k_norm")
         )
+        self._head_norms = None  # as the kernels take them
+        if self._query_norm is not None and self._key_norm is not None:
+            self._head_norms = self._query_norm.weight, self._key_norm.weight, self._key_norm.eps
         self._gate, self._up, self._down = (
             make_linear(part.weight, part.bias, kernels) for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
         )
@@ -127,9 +130,6 @@ class Layer:
         packed = [part.packed for part in parts if isinstance(part, CompiledLinear)]
         if len(packed) < len(parts) or self._activation is not None:
             return None
-        head_norms = None
-        if self._query_norm is not None and self._key_norm is not None:
-            head_norms = self._query_norm.weight, self._key_norm.weight, self._key_norm.eps
         qkv, output, gate, up, down = packed
         return LayerWeights(
             qkv=qkv,
@@ -139,7 +139,7 @@ class Layer:
             down=down,
             attention_norm=(self._attention_norm.weight, self._attention_norm.eps),
             mlp_norm=(self._mlp_norm.weight, self._mlp_norm.eps),
-            head_norms=head_norms,
+            head_norms=self._head_norms,
             heads=self._heads,
             kv_heads=self._kv_heads,
             dim=self._dim,
@@ -182,10 +182,7 @@ class Layer:
         Returns:
             `[T, Hq * D]`.
         """
-        norms = None
-        if self._query_norm is not None and self._key_norm is not None:
-            norms = self._query_norm.weight, self._key_norm.weight, self._key_norm.eps
-        query = batch.kernels.take_in(qkv, turn, batch.store_index, pool, norms)
+        query = batch.kernels.take_in(qkv, turn, batch.store_index, pool, self._head_norms)
         by_place = query.view(len(qkv), -1, self._kv_heads, self._dim)
         seen = batch.kernels.attend(by_place, pool, batch.attention, scale=self._scaling, window=self._window)
         return seen.view(len(qkv), -1)

@@ -73,7 +73,7 @@ def load_model(
     """
     check_supported(config)
     kernels = None
-    if attention != "torch" and device == "cpu" and attention != "triton":
+    if device == "cpu" and attention in (None, "compiled"):
         kernels = _compiled(getattr(torch, dtype))
     attention = attention or ("triton" if device != "cpu" else "torch" if kernels is None else "compiled")
     if attention == "triton":

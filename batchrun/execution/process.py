@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import logging
 import os
 import signal
 import socket
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from logging.handlers import QueueHandler
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -82,9 +84,11 @@ class Remote:
             if not self._here.poll(None if patient else self._timeout):
                 self.kill()
                 raise WorkerLost(f"the worker has not answered for {self._timeout:g} s")
-            value, error = self._here.recv()
+            value, error, logged = self._here.recv()
         except (EOFError, ConnectionError):
             raise self._end() from None
+        for record in logged:
+            logging.getLogger(record.name).handle(record)
         if isinstance(error, BatchrunError):
             raise error
         if error is not None:
@@ -183,9 +187,25 @@ class RemoteEngine:
             self._unread -= 1
 
 
+class _Kept(QueueHandler):
+    """Keeps what is logged, until it goes to the process that has the log."""
+
+    def __init__(self) -> None:
+        super().__init__(None)  # type: ignore[arg-type]
+        self.records: list[logging.LogRecord] = []
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
 def serve(descriptor: int) -> None:
-    """The other process: calls what it is told to, until nobody is there to tell."""
+    """The other process: calls what it is told to, until nobody is there to tell. What is logged here goes there with
+    the next answer."""
     faulthandler.enable()
+    kept = _Kept()
+    ours = logging.getLogger("batchrun")
+    ours.addHandler(kept)
+    ours.propagate = False  # or what there is no handler for is printed too
     # Who sends these to all processes means the one that started this one.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -208,6 +228,7 @@ def serve(descriptor: int) -> None:
         except Exception as failure:
             error = "".join(traceback.format_exception_only(failure)).strip()
         try:
-            there.send((value, error))
+            there.send((value, error, kept.records))
+            kept.records.clear()
         except OSError:
             os._exit(0)

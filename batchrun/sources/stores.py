@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
@@ -183,8 +183,8 @@ def _protocol(store: Any) -> str:
 
 
 @contextmanager
-def reading(location: str) -> Iterator[None]:
-    """Turn whatever goes wrong while a store is read into a `UsageError` without secrets."""
+def _telling(location: str, told: Callable[[Exception], BatchrunError]) -> Iterator[None]:
+    """Turn whatever goes wrong with a store into an error without secrets; `told` makes it."""
     try:
         yield
     except BatchrunError:
@@ -192,33 +192,34 @@ def reading(location: str) -> Iterator[None]:
     except ImportError as error:
         message, hint = _missing(location, error)
         raise UsageError(message, hint=hint) from None
-    except FileNotFoundError:
-        raise UsageError(
-            f"There is nothing at {redact(location)}.", hint="Check the name, and who may read it."
-        ) from None
     except Exception as error:  # stores and formats raise what they like, and their words may have the whole URL
-        raise UsageError(
+        raise told(error) from None
+
+
+def reading(location: str) -> AbstractContextManager[None]:
+    """Turn whatever goes wrong while a store is read into a `UsageError` without secrets."""
+
+    def told(error: Exception) -> UsageError:
+        if isinstance(error, FileNotFoundError):
+            return UsageError(f"There is nothing at {redact(location)}.", hint="Check the name, and who may read it.")
+        return UsageError(
             f"{redact(location)} cannot be read: {_words(error)}",
             hint="Check the name, the network and who may read it.",
-        ) from None
+        )
+
+    return _telling(location, told)
 
 
-@contextmanager
-def writing(location: str) -> Iterator[None]:
+def writing(location: str) -> AbstractContextManager[None]:
     """Turn whatever goes wrong while a store is written into an `OutputError`."""
-    try:
-        yield
-    except BatchrunError:
-        raise
-    except ImportError as error:
-        message, hint = _missing(location, error)
-        raise UsageError(message, hint=hint) from None
-    except Exception as error:
-        raise OutputError(
+    return _telling(
+        location,
+        lambda error: OutputError(
             f"{redact(location)} cannot be written: {_words(error)}",
             hint="The answers are in the run directory; the same command again writes them there.",
             code="output_not_writable",
-        ) from None
+        ),
+    )
 
 
 def _words(error: Exception) -> str:

@@ -13,7 +13,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pytest
 import zstandard
 from kills import killed_before
@@ -37,21 +36,6 @@ LINES: list[Any] = [
 
 def text(lines: list[Any]) -> bytes:
     return "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines).encode()
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def memory() -> Iterator[Any]:
-    """fsspec's file system in memory, empty."""
-    store = fsspec.filesystem("memory")
-    yield store
-    store.store.clear()
-    store.pseudo_dirs[:] = [""]
 
 
 @pytest.fixture

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -22,20 +21,6 @@ from batchrun.sources import results
 ROWS = 40
 OURS = ["custom_id", "text", "finish_reason", "reasoning", "tool_calls", "choices", "prompt_tokens"]
 OURS += ["completion_tokens", "cached_tokens", "error_code", "error_message"]
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def memory() -> Iterator[Any]:
-    store = fsspec.filesystem("memory")
-    yield store
-    store.store.clear()
-    store.pseudo_dirs[:] = [""]
 
 
 @pytest.fixture

@@ -27,12 +27,6 @@ from batchrun.sources.opening import open_to_read
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
 def lines(here) -> Iterator[Callable[..., list[JobLine | LineFault]]]:
     """`lines("t.csv", prompt_column="q")`: the lines that a table makes."""
     with ExitStack() as stack:

@@ -179,8 +179,8 @@ class PackedWeight:
         outer, inner = weight.shape
         self.outer = outer
         weight = weight.detach().contiguous()
-        self._packed = kernels.arena.take(kernels.library.packed_size(inner, outer))
-        kernels.library.pack(weight.data_ptr(), inner, outer, self._packed.data_ptr(), torch.get_num_threads())
+        self._packed = kernels.arena.take(kernels.functions.packed_size(inner, outer))
+        kernels.functions.pack(weight.data_ptr(), inner, outer, self._packed.data_ptr(), torch.get_num_threads())
         self._bias = None
         if bias is not None:  # as long as the weight is when its last panel is filled up
             self._bias = torch.zeros(self._packed.numel() // (inner * weight.element_size()), dtype=torch.float32)
@@ -200,12 +200,12 @@ class CpuKernels:
         if dtype not in _DTYPES:
             raise NotCompiled(f"there are no compiled kernels for {dtype}")
         self.dtype = dtype
-        self.library = _library(_DTYPES[dtype])
+        self.functions = _library(_DTYPES[dtype])
         self.arena = _Arena()
 
     def can_multiply(self, inner: int) -> bool:
         """Whether products of rows of so many numbers are faster here than oneDNN's."""
-        return bool(self.library.can_multiply()) and inner % 2 == 0
+        return bool(self.functions.can_multiply()) and inner % 2 == 0
 
     def multiply(
         self, x: torch.Tensor, weight: PackedWeight, how: How = "plain", other: torch.Tensor | None = None
@@ -214,7 +214,7 @@ class CpuKernels:
         x = x.contiguous()
         out = x.new_empty(*x.shape[:-1], weight.outer)
         other = None if other is None else other.contiguous()
-        self.library.multiply(
+        self.functions.multiply(
             weight.address,
             x.data_ptr(),
             x.numel() // x.shape[-1],
@@ -229,7 +229,7 @@ class CpuKernels:
         """Rows `[*, n]` divided by their root mean square, times a weight `[n]`."""
         x = x.contiguous()
         out = torch.empty_like(x)
-        self.library.norm(
+        self.functions.norm(
             x.data_ptr(),
             weight.data_ptr(),
             x.numel() // x.shape[-1],
@@ -265,7 +265,7 @@ class CpuKernels:
         query = qkv.new_empty(rows, every - 2 * kv_heads, dim)
         of_query, of_key, eps = norms or (None, None, 0.0)
         heads = _Heads(_pointer(of_query), _pointer(of_key), eps, query.shape[1], kv_heads, dim)
-        self.library.take_in(
+        self.functions.take_in(
             ctypes.addressof(heads),
             qkv.data_ptr(),
             turn.data_ptr(),
@@ -317,7 +317,7 @@ class CpuKernels:
             scale,
             softcap or 0.0,
         )
-        self.library.attend(ctypes.addressof(work.struct), ctypes.addressof(layer), work.threads)
+        self.functions.attend(ctypes.addressof(work.struct), ctypes.addressof(layer), work.threads)
         return out
 
 
@@ -368,7 +368,7 @@ class CompiledLayers:
         """Run rows through all layers.
 
         Args:
-            hidden: `[T, H]`, contiguous.
+            hidden: `[T, H]`, contiguous; what becomes of it is undefined.
             turn: complex `[T, D / 2]`, what pairs of neighbouring numbers are multiplied by (RoPE).
             places: int64 `[T]`, where in the pools K and V of rows go.
             wanted: int64 `[S]`, rows that are wanted, in order.
@@ -381,18 +381,17 @@ class CompiledLayers:
         one = self._layers[0]
         rows, width = hidden.shape
         query = one.heads * one.dim
-        widths = (width, width, width, query + 2 * one.kv_heads * one.dim, query, query, 2 * one.gate.outer)
-        room = [hidden.new_empty(rows, each) for each in widths]
-        room[0].copy_(hidden)
+        widths = (width, width, query + 2 * one.kv_heads * one.dim, query, query, 2 * one.gate.outer)
+        room = [hidden, *(hidden.new_empty(rows, each) for each in widths)]
         turn, places, wanted = turn.contiguous(), places.contiguous(), wanted.contiguous()
         pointers = [tensor.data_ptr() for tensor in (*room, turn, places, wanted)]
         struct = _Rows(*pointers, ctypes.addressof(work.struct), rows, len(wanted))
         for number, (layer, pool) in enumerate(zip(self._structs, pools, strict=True)):
             last = number == len(self._structs) - 1
-            self._kernels.library.run_layer(
+            self._kernels.functions.run_layer(
                 ctypes.addressof(layer), ctypes.addressof(struct), pool.data_ptr(), last, work.threads
             )
-        return room[0][: len(wanted)]
+        return hidden[: len(wanted)]
 
 
 def _layer(layer: LayerWeights) -> ctypes.Structure:

@@ -14,6 +14,11 @@ The arguments are described in __init__.py. */
 
 #define CHUNK 64
 #define TILE_ROWS 6
+#if LANES == 16 || defined(__aarch64__)
+#define TILE_COLUMNS 4 /* vectors of lanes: with TILE_ROWS as many sums as fit the registers */
+#else
+#define TILE_COLUMNS 2
+#endif
 
 typedef struct {
     operand *query;   /* [vectors, depth] */
@@ -111,22 +116,6 @@ static __attribute__((noinline)) void scores_of(int m, int64_t n, const operand 
 static __attribute__((noinline)) void add_values(int m, int64_t n, const operand *a, const operand *b, int64_t ldb,
                                                  int64_t k, float *c, int64_t ldc) {
     products(m, n, a, CHUNK, b, ldb, k, c, ldc, 1);
-}
-
-/* LANES vectors of LANES numbers, turned. */
-INLINE void turn(operands x[LANES]) {
-#pragma GCC unroll 4
-    for (int step = 1; step < LANES; step *= 2) {
-        /* Lanes with the bit are those of the other vector. */
-        const ints low = lane + (((lane & step) != 0) & (LANES - step)), high = low + step;
-#pragma GCC unroll 16
-        for (int i = 0; i < LANES; i++) {
-            if (i & step) continue;
-            operands a = x[i], b = x[i | step];
-            x[i] = __builtin_shuffle(a, b, low);
-            x[i | step] = __builtin_shuffle(a, b, high);
-        }
-    }
 }
 
 /* Keys of up to CHUNK tokens, turned: keys[d, token]. Tokens that are not there are 0. */

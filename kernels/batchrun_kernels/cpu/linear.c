@@ -25,13 +25,21 @@ int64_t packed_size(int64_t inner, int64_t outer) { return (outer + PANEL - 1) /
 
 void pack(const element *weight, int64_t inner, int64_t outer, operand *packed, int32_t threads) {
     const int64_t depth = depth_of(inner);
+    /* LANES rows of the weight are LANES neighbouring columns of a panel; those behind the last row are 0. */
 #pragma omp parallel for num_threads(threads)
-    for (int64_t panel = 0; panel < (outer + PANEL - 1) / PANEL; panel++)
-        for (int64_t at = 0; at < depth; at++)
-            for (int64_t i = 0; i < PANEL; i++) {
-                const int64_t row = panel * PANEL + i;
-                packed[(panel * depth + at) * PANEL + i] = row < outer ? one_operand(weight + row * inner, at, inner) : 0;
-            }
+    for (int64_t first = 0; first < (outer + PANEL - 1) / PANEL * PANEL; first += LANES) {
+        operand *to = packed + first / PANEL * depth * PANEL + first % PANEL;
+        int64_t at = 0;
+        for (; first + LANES <= outer && at + LANES <= depth; at += LANES) {
+            operands block[LANES];
+            for (int i = 0; i < LANES; i++) block[i] = some_operands(weight + (first + i) * inner, at);
+            turn(block);
+            for (int i = 0; i < LANES; i++) *(operands *)(to + (at + i) * PANEL) = block[i];
+        }
+        for (; at < depth; at++)
+            for (int64_t i = 0; i < LANES; i++)
+                to[at * PANEL + i] = first + i < outer ? one_operand(weight + (first + i) * inner, at, inner) : 0;
+    }
 }
 
 /* m rows times a panel. ahead: what to have at hand next, of it `lines` lines a step. */

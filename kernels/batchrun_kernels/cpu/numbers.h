@@ -15,16 +15,10 @@ for float32 or bfloat16 elements. */
 
 #if defined(__AVX512F__)
 #define LANES 16
-#define TILE_COLUMNS 4 /* vectors of lanes: with TILE_ROWS as many sums as fit the registers */
 #elif defined(__AVX__)
 #define LANES 8
-#define TILE_COLUMNS 2
-#elif defined(__aarch64__)
-#define LANES 4
-#define TILE_COLUMNS 4
 #else
 #define LANES 4
-#define TILE_COLUMNS 2
 #endif
 #define LOG2_E 1.44269504f
 
@@ -213,3 +207,18 @@ INLINE operand one_operand(const element *x, int64_t at, int64_t dim) {
 #endif
 }
 
+/* LANES vectors of LANES numbers, turned. */
+INLINE void turn(operands x[LANES]) {
+#pragma GCC unroll 4
+    for (int step = 1; step < LANES; step *= 2) {
+        /* Lanes with the bit are those of the other vector. */
+        const ints low = lane + (((lane & step) != 0) & (LANES - step)), high = low + step;
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) {
+            if (i & step) continue;
+            operands a = x[i], b = x[i | step];
+            x[i] = __builtin_shuffle(a, b, low);
+            x[i | step] = __builtin_shuffle(a, b, high);
+        }
+    }
+}
