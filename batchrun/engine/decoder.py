@@ -168,9 +168,9 @@ class Layer:
         hidden = self._output.plus(seen, hidden)
         rows = self._mlp_norm(hidden)
         if self._activation is None:
-            inner = self._up.times(rows, self._gate(rows, silu=True))
+            inner = self._gate.gated(rows, self._up)
         else:
-            inner = self._up.times(rows, self._activation(self._gate(rows)))
+            inner = self._activation(self._gate(rows)) * self._up(rows)
         return self._down.plus(inner, hidden)
 
     def _attend_compiled(

@@ -27,18 +27,18 @@ class Linear(nn.Module):
         self._weight, self._bias = weight.detach(), None if bias is None else bias.detach()
         self._out_features = len(weight)
 
-    def forward(self, x: torch.Tensor, *, silu: bool = False) -> torch.Tensor:
-        """The products, `[*, n, out]`, or what SiLU makes of them."""
-        product = functional.linear(x, self._weight, self._bias)
-        return functional.silu(product, inplace=True) if silu else product
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The products, `[*, n, out]`."""
+        return functional.linear(x, self._weight, self._bias)
 
     def plus(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         """The products and `[*, n, out]` others, added."""
         return functional.linear(x, self._weight, self._bias).add_(other)
 
-    def times(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        """The products and `[*, n, out]` others, multiplied."""
-        return functional.linear(x, self._weight, self._bias).mul_(other)
+    def gated(self, x: torch.Tensor, up: nn.Module) -> torch.Tensor:
+        """SiLU of the products, times those with `up`, a layer of the same kind and size."""
+        product: torch.Tensor = up(x)
+        return product.mul_(functional.silu(self(x), inplace=True))
 
 
 class PackedLinear(Linear):
@@ -48,16 +48,20 @@ class PackedLinear(Linear):
         super().__init__(weight, bias)
         self._weight = torch.ops.mkldnn._reorder_linear_weight(self._weight)
 
-    def forward(self, x: torch.Tensor, *, silu: bool = False) -> torch.Tensor:
-        if not x.shape[-2]:  # which oneDNN refuses
-            return x.new_empty(*x.shape[:-1], self._out_features)
-        return _packed(x, self._weight, self._bias, "swish" if silu else "none", [], "")
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._products(x, "none")
 
     def plus(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         return _packed_with(x, other, self._weight, self._bias, "add")
 
-    def times(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        return _packed_with(x, other, self._weight, self._bias, "mul")
+    def gated(self, x: torch.Tensor, up: nn.Module) -> torch.Tensor:
+        assert isinstance(up, PackedLinear)
+        return _packed_with(x, self._products(x, "swish"), up._weight, up._bias, "mul")
+
+    def _products(self, x: torch.Tensor, activation: str) -> torch.Tensor:
+        if not x.shape[-2]:  # which oneDNN refuses
+            return x.new_empty(*x.shape[:-1], self._out_features)
+        return _packed(x, self._weight, self._bias, activation, [], "")
 
 
 class CompiledLinear(nn.Module):
@@ -71,14 +75,15 @@ class CompiledLinear(nn.Module):
         super().__init__()
         self._kernels, self.packed = kernels, PackedWeight(kernels, weight, bias)
 
-    def forward(self, x: torch.Tensor, *, silu: bool = False) -> torch.Tensor:
-        return self._kernels.multiply(x, self.packed, "silu" if silu else "plain")
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._kernels.multiply(x, self.packed)
 
     def plus(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        return self._kernels.multiply(x, self.packed, "add", other)
+        return self._kernels.multiply(x, self.packed, other)
 
-    def times(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        return self._kernels.multiply(x, self.packed, "multiply", other)
+    def gated(self, x: torch.Tensor, up: nn.Module) -> torch.Tensor:
+        assert isinstance(up, CompiledLinear)
+        return self._kernels.multiply_gated(x, self.packed, up.packed)
 
 
 def make_linear(

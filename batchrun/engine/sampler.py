@@ -192,7 +192,7 @@ class Sampler:
             logits[arrays["held_row"], arrays["held_token"]] = _NEVER
         if mask is not None:
             _exclude(logits, *mask)
-        token_ids = logits.argmax(dim=-1)
+        token_ids = _likeliest(logits)
         # The largest of a row with a NaN in it is NaN.
         sound = logits.gather(-1, token_ids[:, None])[:, 0].isfinite()
         if "drawn" in arrays:
@@ -321,6 +321,13 @@ class Sampler:
 
 
 _BIAS = np.dtype([("token", np.int64), ("bias", np.float32)])
+
+
+def _likeliest(logits: torch.Tensor) -> torch.Tensor:
+    """The place of the largest of each row, the first of them; of a NaN where there is one. int64 `[S]`."""
+    if logits.device.type == "cpu":  # where numpy is ten times as fast
+        return torch.from_numpy(logits.float().numpy().argmax(axis=-1))
+    return logits.argmax(dim=-1)
 
 
 def _exclude(logits: torch.Tensor, rows: torch.Tensor, bits: torch.Tensor) -> None:

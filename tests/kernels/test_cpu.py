@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from batchrun_kernels import cpu
-from batchrun_kernels.cpu import AttentionWork, CpuKernels, How, NotCompiled, PackedWeight, Reads
+from batchrun_kernels.cpu import AttentionWork, CpuKernels, NotCompiled, PackedWeight, Reads
 from forest_steps import ForestStep, Node, make_step, random_forest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,6 +26,7 @@ WITHOUT = ["", "-mno-avx512f", "-mno-avx"] if platform.machine() == "x86_64" els
 DTYPES = [torch.float32, torch.bfloat16]
 # Half the distance of neighbouring numbers, relative, at most: what one rounding may change.
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
+HOW = ["plain", "plus", "gated"]
 # Of what attention sums, each without its sign. float32: scores of some units have an error of some roundings, which
 # weights take over. bfloat16: a weight is rounded and so is the result, each by half of its last bit at most.
 CLOSE = {torch.float32: 4e-6, torch.bfloat16: 2 * 2.0**-8 + 4e-6}
@@ -368,14 +369,14 @@ def test_attention_of_a_row_has_the_same_bits_in_any_step(
     inner=st.integers(1, 40).map(lambda half: 2 * half),
     outer=st.integers(1, 120),
     rows=st.integers(1, 60),
-    how=st.sampled_from(["plain", "silu", "add", "multiply"]),
+    how=st.sampled_from(HOW),
     some_threads=st.integers(1, 5),
     seed=st.integers(0, 1000),
     case=st.sampled_from([(torch.bfloat16, ""), *((torch.float32, without) for without in WITHOUT)]),
 )
 @settings(max_examples=80, deadline=None)
 def test_products_of_a_row_have_the_same_bits_beside_any_others(
-    inner: int, outer: int, rows: int, how: How, some_threads: int, seed: int, case: tuple[torch.dtype, str]
+    inner: int, outer: int, rows: int, how: str, some_threads: int, seed: int, case: tuple[torch.dtype, str]
 ) -> None:
     kernel = kernels(*case)
     if not products_are_right(kernel):
@@ -383,10 +384,13 @@ def test_products_of_a_row_have_the_same_bits_beside_any_others(
     rng = np.random.default_rng(seed)
     weight = PackedWeight(kernel, some(outer, inner, dtype=kernel.dtype), some(outer, dtype=kernel.dtype))
     x = some(rows, inner, dtype=kernel.dtype, seed=seed)
-    other = some(rows, outer, dtype=kernel.dtype, seed=seed + 1) if how in ("add", "multiply") else None
+    other = some(rows, outer, dtype=kernel.dtype, seed=seed + 1)
+    up = PackedWeight(kernel, some(outer, inner, dtype=kernel.dtype, seed=seed + 2), None)
 
     def products(order: np.ndarray) -> torch.Tensor:
-        return kernel.multiply(x[order], weight, how, None if other is None else other[order])
+        if how == "gated":
+            return kernel.multiply_gated(x[order], weight, up)
+        return kernel.multiply(x[order], weight, other[order] if how == "plus" else None)
 
     together = products(np.arange(rows))
     row = rng.integers(rows, size=1)
@@ -409,27 +413,40 @@ def products_are_right(kernel: CpuKernels) -> bool:
 
 
 def check_products(
-    kernel: CpuKernels, x: torch.Tensor, outer: int, *, how: How = "plain", bias: bool = True, seed: int = 0
+    kernel: CpuKernels, x: torch.Tensor, outer: int, *, how: str = "plain", bias: bool = True, seed: int = 0
 ) -> None:
     """Within what the roundings of a sum of so many products can come to, each at most half of its last bit: for any
     order of summing, `inner` roundings of the sum of the products' sizes."""
     dtype, inner = kernel.dtype, x.shape[-1]
     weight = some(outer, inner, dtype=dtype, seed=seed + 1)
     added = some(outer, dtype=dtype, seed=seed + 2) if bias else None
-    other = some(*x.shape[:-1], outer, dtype=dtype, seed=seed + 3) if how in ("add", "multiply") else None
-    found = kernel.multiply(x, PackedWeight(kernel, weight, added), how, other)
-    assert found.shape == (*x.shape[:-1], outer)
-    assert found.dtype == dtype
-    expected, sizes = x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T
-    if added is not None:
-        expected, sizes = expected + added.double(), sizes + added.double().abs()
-    bound = (inner + 1) * 2.0**-24 * sizes
-    if how == "silu":
+    packed = PackedWeight(kernel, weight, added)
+
+    def exact(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The products, and what they may be off."""
+        right, sizes = x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T
+        if added is not None:
+            right, sizes = right + added.double(), sizes + added.double().abs()
+        return right, (inner + 1) * 2.0**-24 * sizes
+
+    expected, bound = exact(weight)
+    if how == "gated":
+        up = some(outer, inner, dtype=dtype, seed=seed + 3)
+        found = kernel.multiply_gated(x, packed, PackedWeight(kernel, up, added))
         expected = silu(expected)
         bound = 1.1 * bound + 2.0**-20 * expected.abs()  # its steepest; its power of 2 is good to 2 ulp
-    elif other is not None:
-        expected = expected + other.double() if how == "add" else expected * other.double()
-        bound = bound * (other.double().abs() if how == "multiply" else 1)
+        others, off = exact(up)
+        bound = bound * (others.abs() + off) + expected.abs() * off
+        expected = expected * others
+        bound += 2.0**-23 * expected.abs()
+    elif how == "plus":
+        other = some(*x.shape[:-1], outer, dtype=dtype, seed=seed + 3)
+        found = kernel.multiply(x, packed, other)
+        expected = expected + other.double()
+    else:
+        found = kernel.multiply(x, packed)
+    assert found.shape == (*x.shape[:-1], outer)
+    assert found.dtype == dtype
     bound += 1.01 * ROUNDING[dtype] * expected.abs() + 1e-35  # to the dtype, and to 0 next to it
     assert bool(((found.double() - expected).abs() <= bound).all())
 
@@ -443,7 +460,7 @@ def test_products(rows: int, dtype: torch.dtype, without: str, threads: int) -> 
         assert not kernel.can_multiply(48)
         return
     for inner, outer in ((2, 1), (48, 48), (50, 49), (30, 95), (256, 200)):
-        for how, bias in (("plain", False), ("plain", True), ("silu", True), ("add", False), ("multiply", True)):
+        for how, bias in (("plain", False), ("plain", True), ("plus", False), ("gated", False), ("gated", True)):
             check_products(kernel, some(rows, inner, dtype=dtype), outer, how=how, bias=bias)
 
 
@@ -451,14 +468,14 @@ def test_products(rows: int, dtype: torch.dtype, without: str, threads: int) -> 
     inner=st.integers(1, 150),
     outer=st.integers(1, 200),
     leading=st.lists(st.integers(0, 9), min_size=1, max_size=3),
-    how=st.sampled_from(["plain", "silu", "add", "multiply"]),
+    how=st.sampled_from(HOW),
     bias=st.booleans(),
     seed=st.integers(0, 1000),
     dtype=st.sampled_from(DTYPES),
 )
 @settings(max_examples=80, deadline=None)
 def test_products_of_any_size(
-    inner: int, outer: int, leading: list[int], how: How, bias: bool, seed: int, dtype: torch.dtype
+    inner: int, outer: int, leading: list[int], how: str, bias: bool, seed: int, dtype: torch.dtype
 ) -> None:
     kernel = kernels(dtype)
     inner += inner % 2 and dtype == torch.bfloat16
@@ -475,7 +492,7 @@ def test_rows_of_an_odd_length_are_left_to_others(dtype: torch.dtype) -> None:
 def test_products_of_rows_that_do_not_lie_one_after_the_other() -> None:
     kernel = kernels(torch.float32)
     wide = some(5, 3, 24)
-    check_products(kernel, wide[:, 1], 17, how="add")
+    check_products(kernel, wide[:, 1], 17, how="plus")
     weight = some(24, 17).T  # turned
     found = kernel.multiply(wide[:, 2], PackedWeight(kernel, weight, None))
     torch.testing.assert_close(found, wide[:, 2] @ weight.T)
@@ -486,15 +503,14 @@ def test_products_that_are_no_numbers_stay_so() -> None:
     x = some(3, 8)
     x[1, 2] = float("nan")
     weight = PackedWeight(kernel, some(5, 8), None)
-    for how in ("plain", "silu"):
-        found = kernel.multiply(x, weight, how)
+    for found in (kernel.multiply(x, weight), kernel.multiply_gated(x, weight, weight)):
         assert found[1].isnan().all()
         assert found[[0, 2]].isfinite().all()
     far = torch.tensor([[1000.0], [-1000.0]]).expand(2, 8).contiguous()
     ones = PackedWeight(kernel, torch.ones(5, 8), None)
-    found = kernel.multiply(far, ones, "silu")
-    assert (found[0] == 8000).all()
-    assert (found[1].abs() < 1e-30).all()
+    found = kernel.multiply_gated(far, ones, ones)
+    assert (found[0] == 8000.0**2).all()
+    assert (found[1].abs() < 1e-26).all()
 
 
 # Between products ----------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,9 +33,6 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _VECTORS = 96  # query vectors of a block at most: their results and a chunk of KV stay in the second cache
 _FEWEST_VECTORS = 12  # and at least: keys are turned once a block
 _BLOCKS_A_THREAD = 4
-
-How = Literal["plain", "silu", "add", "multiply"]
-_HOW: dict[How, int] = {"plain": 0, "silu": 1, "add": 2, "multiply": 3}
 
 Int = npt.NDArray[np.integer[Any]]
 
@@ -207,21 +204,24 @@ class CpuKernels:
         """Whether products of rows of so many numbers are faster here than oneDNN's."""
         return bool(self.functions.can_multiply()) and inner % 2 == 0
 
-    def multiply(
-        self, x: torch.Tensor, weight: PackedWeight, how: How = "plain", other: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Rows `[*, inner]` times a weight: `[*, outer]`, or SiLU of it, or with so many others added or multiplied."""
+    def multiply(self, x: torch.Tensor, weight: PackedWeight, other: torch.Tensor | None = None) -> torch.Tensor:
+        """Rows `[*, inner]` times a weight, `[*, outer]`, and others `[*, outer]` added, if any."""
         x = x.contiguous()
         out = x.new_empty(*x.shape[:-1], weight.outer)
         other = None if other is None else other.contiguous()
+        rows = x.numel() // x.shape[-1]
         self.functions.multiply(
-            weight.address,
-            x.data_ptr(),
-            x.numel() // x.shape[-1],
-            _pointer(other),
-            out.data_ptr(),
-            _HOW[how],
-            torch.get_num_threads(),
+            weight.address, x.data_ptr(), rows, _pointer(other), out.data_ptr(), torch.get_num_threads()
+        )
+        return out
+
+    def multiply_gated(self, x: torch.Tensor, gate: PackedWeight, up: PackedWeight) -> torch.Tensor:
+        """SiLU of rows `[*, inner]` times a weight, times the rows times another weight, `[*, outer]`."""
+        x = x.contiguous()
+        out = x.new_empty(*x.shape[:-1], gate.outer)
+        rows = x.numel() // x.shape[-1]
+        self.functions.multiply_gated(
+            gate.address, up.address, x.data_ptr(), rows, out.data_ptr(), torch.get_num_threads()
         )
         return out
 
@@ -381,7 +381,7 @@ class CompiledLayers:
         one = self._layers[0]
         rows, width = hidden.shape
         query = one.heads * one.dim
-        widths = (width, width, query + 2 * one.kv_heads * one.dim, query, query, 2 * one.gate.outer)
+        widths = (width, width, query + 2 * one.kv_heads * one.dim, query, query, one.gate.outer)
         room = [hidden, *(hidden.new_empty(rows, each) for each in widths)]
         turn, places, wanted = turn.contiguous(), places.contiguous(), wanted.contiguous()
         pointers = [tensor.data_ptr() for tensor in (*room, turn, places, wanted)]
@@ -434,7 +434,8 @@ def _library(bfloat16: int) -> ctypes.CDLL:
         "can_multiply": ([], int32),
         "packed_size": ([int64, int64], int64),
         "pack": ([pointer, int64, int64, pointer, int32], None),
-        "multiply": ([pointer, pointer, int64, pointer, pointer, int32, int32], None),
+        "multiply": ([pointer, pointer, int64, pointer, pointer, int32], None),
+        "multiply_gated": ([pointer, pointer, pointer, int64, pointer, int32], None),
         "norm": ([pointer, pointer, int64, int64, ctypes.c_float, pointer, int32], None),
         "run_layer": ([pointer, pointer, pointer, int32, int32], None),
         "take_in": ([pointer, pointer, pointer, pointer, int64, pointer, pointer, int32], None),

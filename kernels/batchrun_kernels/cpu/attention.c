@@ -29,6 +29,7 @@ typedef struct {
     float *total;     /* [vectors, LANES], of the weights so far, lane by lane */
     float *scores;    /* [TILE_ROWS, CHUNK] */
     operand *weights; /* [TILE_ROWS, CHUNK] */
+    const char **lines; /* [depth + CHUNK + 1], what is sent for during the two products of a tile */
     size_t size;
     void *memory;
 } Scratch;
@@ -37,10 +38,10 @@ typedef struct {
 static _Thread_local Scratch scratch;
 
 static void make_room(int64_t vectors, int64_t depth, int64_t width) {
-    int64_t sizes[8] = {vectors * depth, depth * CHUNK,  CHUNK * width,     vectors * width,
-                        vectors,         vectors * LANES, TILE_ROWS * CHUNK, TILE_ROWS * CHUNK};
+    int64_t sizes[9] = {vectors * depth, depth * CHUNK,   CHUNK * width,     vectors * width,  vectors,
+                        vectors * LANES, TILE_ROWS * CHUNK, TILE_ROWS * CHUNK, 2 * (depth + CHUNK + 1)};
     size_t all = 0;
-    for (int i = 0; i < 8; i++) {
+    for (int i = 0; i < 9; i++) {
         sizes[i] = (sizes[i] * 4 + 63) / 64 * 64;
         all += sizes[i];
     }
@@ -51,18 +52,20 @@ static void make_room(int64_t vectors, int64_t depth, int64_t width) {
         scratch.size = all;
     }
     char *at = scratch.memory;
-    void **parts[8] = {(void **)&scratch.query, (void **)&scratch.keys,  (void **)&scratch.values,
+    void **parts[9] = {(void **)&scratch.query, (void **)&scratch.keys,  (void **)&scratch.values,
                        (void **)&scratch.sums,  (void **)&scratch.most,  (void **)&scratch.total,
-                       (void **)&scratch.scores, (void **)&scratch.weights};
-    for (int i = 0; i < 8; i++) {
+                       (void **)&scratch.scores, (void **)&scratch.weights, (void **)&scratch.lines};
+    for (int i = 0; i < 9; i++) {
         *parts[i] = at;
         at += sizes[i];
     }
 }
 
-/* c [m, n vectors] (+)= a [m, k] b [k, n vectors]; m and n are constants wherever this is inlined. */
+/* c [m, n vectors] (+)= a [m, k] b [k, n vectors]; m and n are constants wherever this is inlined.
+
+ahead [k]: what to send for meanwhile. */
 INLINE void product(const int m, const int n, const operand *a, int64_t lda, const operand *b, int64_t ldb, int64_t k,
-                    float *c, int64_t ldc, const int add) {
+                    float *c, int64_t ldc, const int add, const char *const *ahead) {
     floats sums[TILE_ROWS][TILE_COLUMNS];
 #pragma GCC unroll 8
     for (int i = 0; i < m; i++)
@@ -70,6 +73,7 @@ INLINE void product(const int m, const int n, const operand *a, int64_t lda, con
         for (int j = 0; j < n; j++) sums[i][j] = add ? *(const floats *)(c + i * ldc + j * LANES) : all_of(0);
     for (int64_t at = 0; at < k; at++) {
         operands row[TILE_COLUMNS];
+        __builtin_prefetch(ahead[at], 0, 2);
 #pragma GCC unroll 8
         for (int j = 0; j < n; j++) row[j] = *(const operands *)(b + at * ldb + j * LANES);
 #pragma GCC unroll 8
@@ -83,9 +87,9 @@ INLINE void product(const int m, const int n, const operand *a, int64_t lda, con
         for (int j = 0; j < n; j++) *(floats *)(c + i * ldc + j * LANES) = sums[i][j];
 }
 
-#define CASE(m, n)                                          \
-    case m * 8 + n:                                         \
-        product(m, n, a, lda, b, ldb, k, c, ldc, add);      \
+#define CASE(m, n)                                            \
+    case m * 8 + n:                                           \
+        product(m, n, a, lda, b, ldb, k, c, ldc, add, ahead); \
         break;
 #if TILE_COLUMNS == 4
 #define CASES(m) CASE(m, 1) CASE(m, 2) CASE(m, 3) CASE(m, 4)
@@ -95,7 +99,7 @@ INLINE void product(const int m, const int n, const operand *a, int64_t lda, con
 
 /* The same for any number of vectors. */
 INLINE void products(int m, int64_t n, const operand *a, int64_t lda, const operand *b, int64_t ldb, int64_t k, float *c,
-                     int64_t ldc, const int add) {
+                     int64_t ldc, const int add, const char *const *ahead) {
     for (; n > 0; n -= TILE_COLUMNS, b += TILE_COLUMNS * LANES, c += TILE_COLUMNS * LANES) {
         switch (m * 8 + (n < TILE_COLUMNS ? n : TILE_COLUMNS)) {
             CASES(1)
@@ -109,13 +113,13 @@ INLINE void products(int m, int64_t n, const operand *a, int64_t lda, const oper
 }
 
 static __attribute__((noinline)) void scores_of(int m, int64_t n, const operand *a, int64_t lda, const operand *b,
-                                                int64_t k, float *c) {
-    products(m, n, a, lda, b, CHUNK, k, c, CHUNK, 0);
+                                                int64_t k, float *c, const char *const *ahead) {
+    products(m, n, a, lda, b, CHUNK, k, c, CHUNK, 0, ahead);
 }
 
 static __attribute__((noinline)) void add_values(int m, int64_t n, const operand *a, const operand *b, int64_t ldb,
-                                                 int64_t k, float *c, int64_t ldc) {
-    products(m, n, a, CHUNK, b, ldb, k, c, ldc, 1);
+                                                 int64_t k, float *c, int64_t ldc, const char *const *ahead) {
+    products(m, n, a, CHUNK, b, ldb, k, c, ldc, 1, ahead);
 }
 
 /* Keys of up to CHUNK tokens, turned: keys[d, token]. Tokens that are not there are 0. */
@@ -240,12 +244,12 @@ static int next_read(const Work *work, const Attention *layer, int block, Walk *
     return 1;
 }
 
-/* The next chunk of the walk, on its way to the cache already; whether there is one. */
+/* The next chunk of the walk; whether there is one. */
 static int next_chunk(const Work *work, const Attention *layer, int block, int head, Walk *walk, Chunk *chunk) {
     while (walk->token >= walk->end)
         if (!next_read(work, layer, block, walk)) return 0;
     const int64_t page = work->page_size, dim = layer->dim;
-    const int64_t token_stride = 2 * layer->kv_heads * dim, value_offset = layer->kv_heads * dim;
+    const int64_t token_stride = 2 * layer->kv_heads * dim;
     const int64_t *pages = work->pages + walk->read->slot * work->pages_stride;
     chunk->position = walk->read->position + walk->token;
     chunk->low = walk->low;
@@ -258,14 +262,48 @@ static int next_chunk(const Work *work, const Attention *layer, int block, int h
         if (i) chunk->straight &= key == chunk->keys[i - 1] + token_stride;
         for (; inside < page && i < chunk->count; inside++, i++, key += token_stride) {
             chunk->keys[i] = key;
-            for (int64_t d = 0; d < dim; d += 64 / sizeof(element)) {
-                __builtin_prefetch(key + d, 0, 2);
-                __builtin_prefetch(key + value_offset + d, 0, 2);
-            }
         }
     }
     walk->token += chunk->count;
     return 1;
+}
+
+/* Goes ahead of the walk and sends for the KV that it will meet, a line in each step of a product: so memory works as long
+as the processor does. Shared KV comes faster than it is computed with, own KV more slowly; so it goes far ahead. */
+typedef struct {
+    Walk walk;
+    Chunk chunk; /* where it is: at a number of a token of this */
+    int token;
+    int64_t at, ahead; /* ahead: tokens that the walk has not met */
+} Scout;
+
+#define LINE 64          /* bytes that come from memory together */
+#define AHEAD (384 << 10) /* bytes: less than the second cache */
+
+/* The next lines to send for, n and one more at most; where there are none, ones that are there. Whether there were any. */
+static int look_ahead(const Work *work, const Attention *layer, int block, int head, Scout *scout, int64_t n,
+                      const char **lines) {
+    const int64_t dim = layer->dim, value_offset = layer->kv_heads * dim;
+    const int64_t most = AHEAD / (2 * dim * (int64_t)sizeof(element));
+    int64_t i = 0;
+    while (i < n && scout->ahead < most) {
+        if (scout->token == scout->chunk.count) {
+            scout->chunk.count = scout->token = 0;
+            if (!next_chunk(work, layer, block, head, &scout->walk, &scout->chunk)) break;
+        }
+        const element *key = scout->chunk.keys[scout->token] + scout->at;
+        lines[i++] = (const char *)key;
+        lines[i++] = (const char *)(key + value_offset);
+        scout->at += LINE / sizeof(element);
+        if (scout->at >= dim) {
+            scout->at = 0;
+            scout->token++;
+            scout->ahead++;
+        }
+    }
+    const int some = i > 0;
+    while (i < n) lines[i++] = (const char *)lines;
+    return some;
 }
 
 static void run(const Work *work, const Attention *layer, int block, int head) {
@@ -279,8 +317,8 @@ static void run(const Work *work, const Attention *layer, int block, int head) {
     const Scratch s = scratch;
 
     Walk walk = {.at = work->begins[block]};
-    Chunk chunks[2];
-    int more = next_chunk(work, layer, block, head, &walk, &chunks[0]);
+    Scout scout = {.walk = walk};
+    Chunk chunk;
 
     for (int r = 0; r < rows; r++)
         for (int g = 0; g < group; g++) {
@@ -293,25 +331,29 @@ static void run(const Work *work, const Attention *layer, int block, int head) {
             if (layer->sinks) s.total[v * LANES] = 1;
         }
 
-    for (int turn = 0; more; turn ^= 1) {
-        const Chunk *chunk = &chunks[turn];
-        more = next_chunk(work, layer, block, head, &walk, &chunks[turn ^ 1]);
-        const int count = chunk->count;
-        take_keys(chunk->keys, count, dim, depth, s.keys);
+    while (next_chunk(work, layer, block, head, &walk, &chunk)) {
+        const int count = chunk.count;
+        /* This chunk and the next one are sent for at once where they are not yet. */
+        const int64_t lines = depth + CHUNK;
+        while (scout.ahead < 2 * count && look_ahead(work, layer, block, head, &scout, lines, s.lines))
+            for (int64_t i = 0; i < lines; i++) __builtin_prefetch(s.lines[i], 0, 2);
+        take_keys(chunk.keys, count, dim, depth, s.keys);
         const operand *values = s.values;
         int64_t value_stride = width;
 #if !BFLOAT16
-        if (chunk->straight && width == dim) {
-            values = chunk->keys[0] + value_offset;
+        if (chunk.straight && width == dim) {
+            values = chunk.keys[0] + value_offset;
             value_stride = 2 * value_offset;
         } else
 #endif
-            take_values(chunk->keys, value_offset, count, dim, width, s.values);
-        for (int64_t v = chunk->low * group; v < chunk->high * group; v += TILE_ROWS) {
-            const int m = chunk->high * group - v < TILE_ROWS ? (int)(chunk->high * group - v) : TILE_ROWS;
-            scores_of(m, (count + LANES - 1) / LANES, s.query + v * depth, depth, s.keys, depth, s.scores);
+            take_values(chunk.keys, value_offset, count, dim, width, s.values);
+        for (int64_t v = chunk.low * group; v < chunk.high * group; v += TILE_ROWS) {
+            const int m = chunk.high * group - v < TILE_ROWS ? (int)(chunk.high * group - v) : TILE_ROWS;
+            const int64_t pairs = PAIRS ? (count + 1) / 2 : count;
+            look_ahead(work, layer, block, head, &scout, depth + pairs, s.lines);
+            scores_of(m, (count + LANES - 1) / LANES, s.query + v * depth, depth, s.keys, depth, s.scores, s.lines);
             for (int i = 0; i < m; i++) {
-                const int64_t own = positions[(int32_t)(v + i) / (int32_t)group] - chunk->position; /* in the chunk */
+                const int64_t own = positions[(int32_t)(v + i) / (int32_t)group] - chunk.position; /* in the chunk */
                 const int64_t to = own + 1 < count ? own + 1 : count;
                 const int64_t from = layer->window && own >= layer->window ? own - layer->window + 1 : 0;
                 if (from < to)
@@ -321,9 +363,10 @@ static void run(const Work *work, const Attention *layer, int block, int head) {
                 else /* it sees nothing of the chunk */
                     memset(s.weights + i * CHUNK, 0, CHUNK * sizeof(operand));
             }
-            add_values(m, width / LANES, s.weights, values, value_stride, PAIRS ? (count + 1) / 2 : count,
-                       s.sums + v * width, width);
+            add_values(m, width / LANES, s.weights, values, value_stride, pairs, s.sums + v * width, width,
+                       s.lines + depth);
         }
+        scout.ahead -= count;
     }
 
     for (int r = 0; r < rows; r++)

@@ -32,8 +32,6 @@ typedef struct {
     float scale, softcap;                 /* softcap: 0 for none */
 } Attention;
 
-enum How { PLAIN, SILU, ADD, MULTIPLY };
-
 typedef struct {
     const operand *weight; /* packed */
     const float *bias;     /* [panels * PANEL] or NULL */
@@ -60,7 +58,7 @@ typedef struct {
     element *hidden, *normed, *output; /* [rows, hidden] */
     element *qkv;                      /* [rows, (heads + 2 kv_heads) dim] */
     element *query, *seen;             /* [rows, heads dim] */
-    element *inner;                    /* [rows, inner], twice */
+    element *inner;                    /* [rows, inner] */
     const float *turn;                 /* [rows, dim] */
     const int64_t *places;             /* [rows] */
     const int64_t *wanted;             /* [num_wanted], rows that are wanted of the last layer, in order */
@@ -72,5 +70,5 @@ void norm(const element *x, const element *weight, int64_t rows, int64_t n, floa
 void take_in(const Heads *heads, element *qkv, const float *turn, const int64_t *places, int64_t rows, element *query,
              element *pool, int32_t threads);
 void attend(const Work *work, const Attention *layer, int32_t threads);
-void multiply(const Linear *linear, const element *x, int64_t rows, const element *other, element *out, int32_t how,
-              int32_t threads);
+void multiply(const Linear *linear, const element *x, int64_t rows, const element *other, element *out, int32_t threads);
+void multiply_gated(const Linear *gate, const Linear *up, const element *x, int64_t rows, element *out, int32_t threads);

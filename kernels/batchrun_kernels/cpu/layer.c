@@ -32,7 +32,14 @@ void norm(const element *x, const element *weight, int64_t rows, int64_t n, floa
 
 /* Pairs of neighbouring numbers, turned: complex numbers times those of `turn`. */
 INLINE void turned(const element *x, const float *turn, int64_t dim, element *to) {
-    for (int64_t d = 0; d < dim; d += 2) {
+    const floats sign = chosen((lane & 1) == 0, all_of(-1), all_of(1));
+    int64_t d = 0;
+    for (; d + LANES <= dim; d += LANES) {
+        const floats some = some_numbers(x + d), by = *(const floats *)(turn + d);
+        const floats imaginary = __builtin_shuffle(by, lane | 1) * sign;
+        put_numbers(to + d, some * __builtin_shuffle(by, lane & ~1) + __builtin_shuffle(some, lane ^ 1) * imaginary);
+    }
+    for (; d < dim; d += 2) {
         const float a = widened(x[d]), b = widened(x[d + 1]);
         to[d] = narrowed(a * turn[d] - b * turn[d + 1]);
         to[d + 1] = narrowed(a * turn[d + 1] + b * turn[d]);
@@ -68,7 +75,7 @@ void run_layer(const Layer *layer, const Rows *rows, element *pool, int32_t last
     const int64_t kv_heads = layer->heads.kv_heads, group = heads / kv_heads;
     int64_t n = rows->rows;
     norm(rows->hidden, layer->attention_norm, n, hidden, layer->attention_eps, rows->normed, threads);
-    multiply(&layer->qkv, rows->normed, n, NULL, rows->qkv, PLAIN, threads);
+    multiply(&layer->qkv, rows->normed, n, NULL, rows->qkv, threads);
     take_in(&layer->heads, rows->qkv, rows->turn, rows->places, n, rows->query, pool, threads);
     const Attention attention = {
         .query = rows->query, .out = rows->seen, .pool = pool, .sinks = NULL, .row_stride = heads * dim,
@@ -83,10 +90,8 @@ void run_layer(const Layer *layer, const Rows *rows, element *pool, int32_t last
             memmove(rows->hidden + i * hidden, rows->hidden + rows->wanted[i] * hidden, hidden * sizeof(element));
         }
     }
-    element *gate = rows->inner, *inner = gate + n * layer->gate.outer;
-    multiply(&layer->output, rows->seen, n, rows->hidden, rows->output, ADD, threads);
+    multiply(&layer->output, rows->seen, n, rows->hidden, rows->output, threads);
     norm(rows->output, layer->mlp_norm, n, hidden, layer->mlp_eps, rows->normed, threads);
-    multiply(&layer->gate, rows->normed, n, NULL, gate, SILU, threads);
-    multiply(&layer->up, rows->normed, n, gate, inner, MULTIPLY, threads);
-    multiply(&layer->down, inner, n, rows->output, rows->hidden, ADD, threads);
+    multiply_gated(&layer->gate, &layer->up, rows->normed, n, rows->inner, threads);
+    multiply(&layer->down, rows->inner, n, rows->output, rows->hidden, threads);
 }

@@ -87,73 +87,122 @@ TILE(1)
 TILE(2)
 TILE(3)
 
-INLINE floats finished(floats sum, enum How how, floats other) {
-    if (how == SILU) {
-        floats less = larger(-larger(sum, all_of(-80)), all_of(-80)); /* beyond, nothing changes */
-        return sum / (all_of(1) + power_of_two(less * all_of(LOG2_E)));
-    }
-    if (how == ADD) return sum + other;
-    if (how == MULTIPLY) return sum * other;
+INLINE floats silu(floats x) {
+    const floats less = larger(-larger(x, all_of(-80)), all_of(-80)); /* beyond, nothing changes */
+    return x / (all_of(1) + power_of_two(less * all_of(LOG2_E)));
+}
+
+INLINE floats with_bias(const Linear *linear, int64_t at, floats sum) {
+    if (linear->bias) sum += *(const floats *)(linear->bias + at);
     return sum;
 }
 
-/* Products of m rows with the columns from `first` on, put where they belong; how is a constant where this is inlined. */
-INLINE void put(const Linear *linear, int64_t first, int m, const enum How how, const element *other, element *out,
-                floats sums[ROWS][VECTORS]) {
-    const int uses_other = how == ADD || how == MULTIPLY;
-    for (int i = 0; i < m; i++, out += linear->outer, other += uses_other ? linear->outer : 0) {
+/* Sums of m rows in the columns from `first` on, put where they belong, `other` added where there are any. */
+INLINE void put(int64_t outer, int64_t first, int m, const element *other, element *out, floats sums[ROWS][VECTORS]) {
+    for (int i = 0; i < m; i++, out += outer, other += other ? outer : 0)
 #pragma GCC unroll 8
         for (int j = 0; j < VECTORS; j++) {
-            const int64_t at = first + j * LANES, left = linear->outer - at;
-            if (left <= 0) break;
-            floats sum = sums[i][j], beside = all_of(0);
-            if (linear->bias) sum += *(const floats *)(linear->bias + at);
+            const int64_t at = first + j * LANES, left = outer - at;
+            floats sum = sums[i][j];
             if (left >= LANES) {
-                if (uses_other) beside = some_numbers(other + at);
-                put_numbers(out + at, finished(sum, how, beside));
-            } else {
-                for (int64_t k = 0; uses_other && k < left; k++) beside[k] = widened(other[at + k]);
-                sum = finished(sum, how, beside);
-                for (int64_t k = 0; k < left; k++) out[at + k] = narrowed(sum[k]);
-            }
+                if (other) sum += some_numbers(other + at);
+                put_numbers(out + at, sum);
+            } else
+                for (int64_t k = 0; k < left; k++)
+                    out[at + k] = narrowed(other ? sum[k] + widened(other[at + k]) : sum[k]);
+        }
+}
+
+/* How a product is shared out: panels, cut into parts of rows where panels alone cannot be shared evenly. Threads take
+the next one as they come free, since other work may hold one of them up. */
+typedef struct {
+    int64_t parts, part_rows, tasks;
+} Shares;
+
+static Shares shares_of(int64_t panels, int64_t rows, int32_t threads) {
+    int64_t parts = 1;
+    while (panels * parts % threads && panels * parts < 16 * threads && rows > parts * 2 * ROWS) parts++;
+    return (Shares){parts, ((rows + parts - 1) / parts + ROWS - 1) / ROWS * ROWS, panels * parts};
+}
+
+/* A panel that is multiplied with, tile after tile, and the one to have at hand next. */
+typedef struct {
+    const operand *weight;
+    const char *ahead, *enough;
+    int lines;
+} Panel;
+
+INLINE Panel panel_of(const Linear *linear, int64_t panel, int64_t next, int64_t rows) {
+    const int64_t size = depth_of(linear->inner) * PANEL, tiles = (rows + ROWS - 1) / ROWS;
+    const char *ahead = (const char *)(linear->weight + next * size);
+    const int wanted = next != panel && next * PANEL < linear->outer;
+    return (Panel){linear->weight + panel * size, ahead, ahead + (wanted ? size * 4 : 0),
+                   tiles >= VECTORS ? 1 : tiles == 2 ? 2 : 3};
+}
+
+INLINE void multiply_tile(int m, const operand *x, Panel *panel, int64_t depth, floats sums[ROWS][VECTORS]) {
+    if (panel->ahead >= panel->enough) tile_0(m, x, panel->weight, depth, panel->ahead, sums);
+    else if (panel->lines == 1) tile_1(m, x, panel->weight, depth, panel->ahead, sums);
+    else if (panel->lines == 2) tile_2(m, x, panel->weight, depth, panel->ahead, sums);
+    else tile_3(m, x, panel->weight, depth, panel->ahead, sums);
+    panel->ahead += panel->lines * LINE * depth;
+}
+
+/* Send for the place of m rows' results. */
+INLINE void send_for(const element *place, int m, int64_t outer, const int write) {
+    for (int i = 0; i < m; i++, place += outer)
+        for (int64_t at = 0; at < PANEL; at += LINE / sizeof(element)) __builtin_prefetch(place + at, write, 3);
+}
+
+/* out [rows, outer] from x [rows, inner]; other [rows, outer], added, or NULL. */
+void multiply(const Linear *linear, const element *x, int64_t rows, const element *other, element *out, int32_t threads) {
+    const int64_t depth = depth_of(linear->inner), outer = linear->outer;
+    const Shares shares = shares_of((outer + PANEL - 1) / PANEL, rows, threads);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+    for (int64_t task = 0; task < shares.tasks; task++) {
+        const int64_t at = task / shares.parts, begin = task % shares.parts * shares.part_rows;
+        const int64_t end = begin + shares.part_rows < rows ? begin + shares.part_rows : rows;
+        Panel panel = panel_of(linear, at, (task + threads) / shares.parts, end - begin);
+        for (int64_t row = begin; row < end; row += ROWS) {
+            floats sums[ROWS][VECTORS] __attribute__((aligned(64)));
+            const int m = end - row < ROWS ? (int)(end - row) : ROWS;
+            const element *beside = other ? other + row * outer : NULL;
+            element *to = out + row * outer;
+            send_for(to + at * PANEL, m, outer, 1);
+            if (other) send_for(beside + at * PANEL, m, outer, 0);
+            multiply_tile(m, (const operand *)x + row * depth, &panel, depth, sums);
+            for (int i = 0; i < m; i++)
+#pragma GCC unroll 8
+                for (int j = 0; j < VECTORS; j++) sums[i][j] = with_bias(linear, at * PANEL + j * LANES, sums[i][j]);
+            put(outer, at * PANEL, m, beside, to, sums);
         }
     }
 }
 
-/* out [rows, outer] from x [rows, inner] and, by `how`, other [rows, outer]. */
-void multiply(const Linear *linear, const element *x, int64_t rows, const element *other, element *out, int32_t how,
-              int32_t threads) {
-    const int64_t depth = depth_of(linear->inner), panels = (linear->outer + PANEL - 1) / PANEL;
-    const operand *left = (const operand *)x;
-    /* Rows are cut too where panels alone cannot be shared out evenly. */
-    int64_t parts = 1;
-    while (panels * parts % threads && panels * parts < 16 * threads && rows > parts * 2 * ROWS) parts++;
-    const int64_t part_rows = ((rows + parts - 1) / parts + ROWS - 1) / ROWS * ROWS;
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t task = 0; task < panels * parts; task++) {
-        const int64_t panel = task / parts, first = task % parts * part_rows;
-        const int64_t end = first + part_rows < rows ? first + part_rows : rows;
-        const operand *weight = linear->weight + panel * depth * PANEL;
-        const int64_t panel_bytes = depth * PANEL * 4, tiles = (end - first + ROWS - 1) / ROWS;
-        const int lines = tiles >= VECTORS ? 1 : tiles == 2 ? 2 : 3;
-        const char *ahead = (const char *)weight + panel_bytes, *enough = ahead + panel_bytes;
-        for (int64_t row = first; row < end; row += ROWS) {
-            floats sums[ROWS][VECTORS] __attribute__((aligned(64)));
+/* out [rows, outer]: SiLU of the products with `gate`, times those with `up`, which are as large. */
+void multiply_gated(const Linear *gate, const Linear *up, const element *x, int64_t rows, element *out, int32_t threads) {
+    const int64_t depth = depth_of(gate->inner), outer = gate->outer;
+    const Shares shares = shares_of((outer + PANEL - 1) / PANEL, rows, threads);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+    for (int64_t task = 0; task < shares.tasks; task++) {
+        const int64_t at = task / shares.parts, begin = task % shares.parts * shares.part_rows;
+        const int64_t end = begin + shares.part_rows < rows ? begin + shares.part_rows : rows;
+        const int64_t next = (task + threads) / shares.parts;
+        Panel gates = panel_of(gate, at, next, end - begin), ups = panel_of(up, at, next, end - begin);
+        for (int64_t row = begin; row < end; row += ROWS) {
+            floats sums[ROWS][VECTORS] __attribute__((aligned(64))), others[ROWS][VECTORS] __attribute__((aligned(64)));
             const int m = end - row < ROWS ? (int)(end - row) : ROWS;
-            const operand *some = left + row * depth;
-            if (ahead >= enough) tile_0(m, some, weight, depth, ahead, sums);
-            else if (lines == 1) tile_1(m, some, weight, depth, ahead, sums);
-            else if (lines == 2) tile_2(m, some, weight, depth, ahead, sums);
-            else tile_3(m, some, weight, depth, ahead, sums);
-            ahead += lines * LINE * depth;
-            const element *beside = other ? other + row * linear->outer : NULL;
-            element *to = out + row * linear->outer;
-            switch (how) {
-            case PLAIN: put(linear, panel * PANEL, m, PLAIN, beside, to, sums); break;
-            case SILU: put(linear, panel * PANEL, m, SILU, beside, to, sums); break;
-            case ADD: put(linear, panel * PANEL, m, ADD, beside, to, sums); break;
-            case MULTIPLY: put(linear, panel * PANEL, m, MULTIPLY, beside, to, sums); break;
-            }
+            const operand *some = (const operand *)x + row * depth;
+            send_for(out + row * outer + at * PANEL, m, outer, 1);
+            multiply_tile(m, some, &gates, depth, sums);
+            multiply_tile(m, some, &ups, depth, others);
+            for (int i = 0; i < m; i++)
+#pragma GCC unroll 8
+                for (int j = 0; j < VECTORS; j++) {
+                    const int64_t first = at * PANEL + j * LANES;
+                    sums[i][j] = silu(with_bias(gate, first, sums[i][j])) * with_bias(up, first, others[i][j]);
+                }
+            put(outer, at * PANEL, m, NULL, out + row * outer, sums);
         }
     }
 }
