@@ -177,7 +177,7 @@ def choose_groups(
         expected_new_tokens: int32 `[R]`, tokens each request is expected to sample.
         costs: what sharing spares and what it costs.
     """
-    shared = SharedNodes.of(forest, tokens.lengths.astype(np.int32))
+    shared = SharedNodes.of(forest, tokens.lengths)
     kept, nested = GROUPINGS[grouping](shared, expected_new_tokens, costs)
     chosen = np.flatnonzero(kept)
 
