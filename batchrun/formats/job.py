@@ -40,7 +40,8 @@ MAX_BAD_WORDS = 128
 MAX_CHOICE_TEXTS = 10_000  # that an answer may be one of
 
 _BLOCK = 1 << 20
-_REMEMBERED = 1 << 12  # bytes of what a line says besides its messages or prompts, up to which that is remembered
+# How much is remembered of what lines say besides their messages or prompts: so many of it, each of so many bytes.
+_REMEMBERED, _REMEMBERED_BYTES = 1 << 12, 1 << 12
 _ZSTD_BLOCK = 1 << 11  # zstd packs up to 32,000-fold: 2 KiB can open to 64 MiB
 _BOM = b"\xef\xbb\xbf"
 
@@ -478,8 +479,8 @@ class _Said(NamedTuple):
 def _read_body(
     endpoint: Endpoint, body: dict[str, Any], hints: dict[str, Any], unknown: list[str]
 ) -> tuple[tuple[Any, ...], LineOptions, _Said]:
-    """Check every field: the messages or the prompts, which are taken out, and then the others, in the line's own
-    order; null is as good as absent.
+    """Check every field: the messages or the prompts, then the others in the line's own order, and then the seed; null
+    is as good as absent. What is checked by itself is taken out of the body.
 
     Args:
         hints: those that stand beside the body; they win over those in it.
@@ -492,25 +493,31 @@ def _read_body(
         _said(endpoint, body)  # what is wrong with another field comes first
         raise _invalid(content_field, None, f"given for {endpoint}")
     content = read_content(given, unknown)
+    seed = body.pop("seed", None)  # which may be another one in each line
     said = _said(endpoint, body)
-    if not hints and not said.hints:
+    if seed is None and not hints and not said.hints:
         return content, said.options, said
-    return content, _options((*said.found, *(said.hints | hints).items())), said
+    own = said.hints | hints
+    if seed is not None:
+        own["seed"] = _ALL_CHECKS[endpoint]["seed"]("seed", seed)
+    return content, _options((*said.found, *own.items())), said
 
 
 def _said(endpoint: Endpoint, body: dict[str, Any]) -> _Said:
     """Check every field of a body without its messages or prompts. Most lines of a job say the same there, to the
     letter, so it is checked once for all of them."""
     try:
-        written = orjson.dumps(body)
+        written = endpoint, orjson.dumps(body)
     except TypeError:  # nested more deeply than orjson writes
         return _check_fields(endpoint, body)
-    return _known_fields(endpoint, written) if len(written) <= _REMEMBERED else _check_fields(endpoint, body)
-
-
-@functools.lru_cache(maxsize=4096)
-def _known_fields(endpoint: Endpoint, body: bytes) -> _Said:
-    return _check_fields(endpoint, orjson.loads(body))
+    said = _KNOWN.get(written)
+    if said is None:
+        said = _check_fields(endpoint, body)
+        if len(written[1]) <= _REMEMBERED_BYTES:
+            if len(_KNOWN) >= _REMEMBERED:
+                _KNOWN.clear()
+            _KNOWN[written] = said
+    return said
 
 
 def _check_fields(endpoint: Endpoint, body: dict[str, Any]) -> _Said:
@@ -536,12 +543,15 @@ def _check_fields(endpoint: Endpoint, body: dict[str, Any]) -> _Said:
     model = found.pop("model", None)
     if (max_completion_tokens := found.pop("max_completion_tokens", None)) is not None:
         found["max_tokens"] = max_completion_tokens
-    for_template = _translate(endpoint, found)
-    options = _options(tuple(found.items()))
+    for_template: dict[str, Any] = {}
+    if not _TRANSLATED.isdisjoint(found):
+        for_template = _translate(endpoint, found)
+    said = tuple(found.items())
+    options = _options(said)
     if options.min_tokens and options.max_tokens and options.min_tokens > options.max_tokens:
         raise _invalid("min_tokens", options.min_tokens, f"at most max_tokens ({options.max_tokens})")
     return _Said(
-        tuple(found.items()),
+        said,
         options,
         hints,
         model,
@@ -661,7 +671,10 @@ def _hints(path: str, hints: Any, unknown: list[str]) -> dict[str, Any]:
     return found
 
 
-@functools.lru_cache(maxsize=4096)
+_KNOWN: dict[tuple[Endpoint, bytes], _Said] = {}  # by the body in JSON
+
+
+@functools.lru_cache(maxsize=_REMEMBERED)
 def _options(found: tuple[tuple[str, Any], ...]) -> LineOptions:
     """Most lines of a job say the same, so they share one object."""
     return LineOptions(**dict(found))
@@ -1089,6 +1102,18 @@ _BIAS = _number(-100, 100)
 _ALL_CHECKS = {endpoint: _CHECKS | checks for endpoint, checks in _OF_ENDPOINT.items()}
 _FOR_TEMPLATE = ("tools", "chat_template_kwargs")
 _FUNCTION_NAME = re.compile(r"[\w.-]+")
+_TRANSLATED = frozenset(
+    {
+        *_FOR_TEMPLATE,
+        "tool_choice",
+        "parallel_tool_calls",
+        "logprobs",
+        "top_logprobs",
+        "echo",
+        *_GRAMMARS,
+        "guided_whitespace_pattern",
+    }
+)
 _NO_PROMPT_LOGPROBS = "tokens of shared prompts are computed once for many lines, and no logits are made for them"
 
 # Under `batchrun`, in the line or in its body.
