@@ -39,7 +39,7 @@ MAX_BIASES = 1024
 MAX_BAD_WORDS = 128
 MAX_CHOICE_TEXTS = 10_000  # that an answer may be one of
 
-_BLOCK = 1 << 20
+_BLOCK = 1 << 16  # bytes read at once: lines are then read where they were cut, in a cache
 # How much is remembered of what lines say besides their messages or prompts: so many of it, each of so many bytes.
 _REMEMBERED, _REMEMBERED_BYTES = 1 << 12, 1 << 12
 _ZSTD_BLOCK = 1 << 11  # zstd packs up to 32,000-fold: 2 KiB can open to 64 MiB
@@ -506,6 +506,8 @@ def _read_body(
 def _said(endpoint: Endpoint, body: dict[str, Any]) -> _Said:
     """Check every field of a body without its messages or prompts. Most lines of a job say the same there, to the
     letter, so it is checked once for all of them."""
+    if not _INFORMATIVE.isdisjoint(body):
+        body = {name: value for name, value in body.items() if name not in _INFORMATIVE}
     try:
         written = endpoint, orjson.dumps(body)
     except TypeError:  # nested more deeply than orjson writes
@@ -538,7 +540,7 @@ def _check_fields(endpoint: Endpoint, body: dict[str, Any]) -> _Said:
                 raise _Fault("unsupported_field", name, message)
         elif name == "batchrun":
             hints = _hints(name, value, unknown)
-        elif name not in _INFORMATIVE:
+        else:
             unknown.append(_name(name))
     model = found.pop("model", None)
     if (max_completion_tokens := found.pop("max_completion_tokens", None)) is not None:
@@ -1125,10 +1127,12 @@ def _fields(names: str, *neutral: Any) -> dict[str, tuple[Any, ...]]:
 
 
 # Fields that say nothing about the answer.
-_INFORMATIVE = {
-    **_fields("user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention"),
-    **_fields("request_id priority cache_salt guided_decoding_backend"),
-}
+_INFORMATIVE = frozenset(
+    {
+        *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
+        *("prompt_cache_retention", "request_id", "priority", "cache_salt", "guided_decoding_backend"),
+    }
+)
 
 # Fields of OpenAI's and vLLM's that are not built, with the values at which they change nothing.
 _NOT_BUILT: dict[str, tuple[Any, ...]] = {
