@@ -3,7 +3,6 @@ cannot run. Text is let go line by line; what stays is token ids and columns."""
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
@@ -12,9 +11,20 @@ from typing import Any
 import numpy as np
 
 from batchrun.chat import ChatReader, UnknownFormat
+from batchrun.columns import Column
 from batchrun.config import RunConfig, derive_seed, resolve_max_tokens, resolve_sampling
 from batchrun.grammar import Grammars
-from batchrun.request import Endpoint, Grammar, JobLine, LineFault, LineOptions, Requests, SamplingParams, TextColumn
+from batchrun.request import (
+    ENDPOINTS,
+    Endpoint,
+    Grammar,
+    GrowingTexts,
+    JobLine,
+    LineFault,
+    LineOptions,
+    Requests,
+    SamplingParams,
+)
 from batchrun.specs import ModelSpec
 from batchrun.tokenizer import Int32, PromptEncoder, Tokenizer
 from batchrun.tokens import TokenTableBuilder
@@ -23,6 +33,7 @@ _NO_TEMPLATE = "the model has no chat template; give one with --chat-template FI
 # Characters, or token ids, tokenised at once: enough for all cores, and little memory (the tokenizer takes some 100
 # bytes a token for a while).
 _BATCH = 1 << 20
+_PLACE = {endpoint: place for place, endpoint in enumerate(ENDPOINTS)}
 _LINE = 512  # what a line counts for besides its prompts: its objects, of which a short one has more than text
 
 Prompts = tuple[str | tuple[int, ...], ...]  # of one line, as texts or as token ids
@@ -52,15 +63,15 @@ class _Columns:
     """The columns of `Requests` as they grow: a few bytes a request, where lists of objects would take hundreds."""
 
     tokens: TokenTableBuilder = field(default_factory=TokenTableBuilder)
-    line: array[int] = field(default_factory=lambda: array("i"))
-    sampling_id: array[int] = field(default_factory=lambda: array("i"))
-    max_new_tokens: array[int] = field(default_factory=lambda: array("i"))
-    seed: array[int] = field(default_factory=lambda: array("Q"))
-    expected_tokens: array[int] = field(default_factory=lambda: array("i"))
-    defaulted: array[int] = field(default_factory=lambda: array("b"))
-    line_numbers: array[int] = field(default_factory=lambda: array("i"))
-    custom_ids: TextColumn = field(default_factory=TextColumn)
-    endpoints: list[Endpoint] = field(default_factory=list)
+    line: Column = field(default_factory=lambda: Column("i"))
+    sampling_id: Column = field(default_factory=lambda: Column("i"))
+    max_new_tokens: Column = field(default_factory=lambda: Column("i"))
+    seed: Column = field(default_factory=lambda: Column("Q"))
+    expected_tokens: Column = field(default_factory=lambda: Column("i"))
+    defaulted: Column = field(default_factory=lambda: Column("B"))
+    line_numbers: Column = field(default_factory=lambda: Column("i"))
+    custom_ids: GrowingTexts = field(default_factory=GrowingTexts)
+    endpoints: Column = field(default_factory=lambda: Column("B"))
 
 
 def read_requests(
@@ -159,20 +170,20 @@ def read_requests(
             clipped += cut
             columns.line_numbers.append(line.number)
             columns.custom_ids.append(line.custom_id)
-            columns.endpoints.append(line.endpoint)
+            columns.endpoints.append(_PLACE[line.endpoint])
     requests = Requests(
         tokens=columns.tokens.build(),
-        line=np.asarray(columns.line),
-        sampling_id=np.asarray(columns.sampling_id),
+        line=columns.line.joined(),
+        sampling_id=columns.sampling_id.joined(),
         sampling=list(known),
-        max_new_tokens=np.asarray(columns.max_new_tokens),
-        seed=np.asarray(columns.seed),
-        expected_tokens=np.asarray(columns.expected_tokens),
-        line_numbers=np.asarray(columns.line_numbers),
-        custom_ids=columns.custom_ids,
-        endpoints=columns.endpoints,
+        max_new_tokens=columns.max_new_tokens.joined(),
+        seed=columns.seed.joined(),
+        expected_tokens=columns.expected_tokens.joined(),
+        line_numbers=columns.line_numbers.joined(),
+        custom_ids=columns.custom_ids.joined(),
+        endpoints=columns.endpoints.joined(),
     )
-    return Intake(requests, np.asarray(columns.defaulted).astype(bool), faults, silent, clipped)
+    return Intake(requests, columns.defaulted.joined().view(bool), faults, silent, clipped)
 
 
 def _batches(lines: Iterable[JobLine], tokenizer: Tokenizer) -> Iterator[list[tuple[JobLine, Prompts | LineFault]]]:

@@ -8,7 +8,6 @@ engine know requests only.
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from batchrun.columns import GrowingRows, Rows, gather
 from batchrun.tokens import Span, TokenTable
 
 
@@ -25,6 +25,9 @@ class Endpoint(StrEnum):
 
     CHAT = "/v1/chat/completions"
     COMPLETIONS = "/v1/completions"
+
+
+ENDPOINTS = tuple(Endpoint)  # in columns, a line's endpoint is its place here
 
 
 class FinishReason(StrEnum):
@@ -192,25 +195,52 @@ class Request:
 
 
 class TextColumn(Sequence[str]):
-    """Texts one after another in UTF-8: each takes 8 bytes more than it is long, and some 60 in a list."""
+    """Texts one after another: each takes 8 bytes more than it is long, and some 60 in a list.
 
-    def __init__(self, texts: Iterable[str] = ()) -> None:
-        self._bytes = bytearray()
-        self._ends = array("q", [0])
+    Args:
+        rows: the texts in UTF-8, uint8.
+    """
+
+    def __init__(self, rows: Rows) -> None:
+        self._bytes, self._offsets = rows
+
+    @classmethod
+    def of(cls, texts: Iterable[str]) -> TextColumn:
+        """A column of some texts."""
+        growing = GrowingTexts()
         for text in texts:
-            self.append(text)
-
-    def append(self, text: str) -> None:
-        self._bytes += text.encode("utf-8", "surrogatepass")
-        self._ends.append(len(self._bytes))
+            growing.append(text)
+        return growing.joined()
 
     def __len__(self) -> int:
-        return len(self._ends) - 1
+        return self._offsets.size - 1
 
     def __getitem__(self, index: Any) -> Any:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        return self._bytes[self._ends[index] : self._ends[index + 1]].decode("utf-8", "surrogatepass")
+        return self._bytes[self._offsets[index] : self._offsets[index + 1]].tobytes().decode("utf-8", "surrogatepass")
+
+    def take(self, rows: npt.NDArray[np.integer[Any]]) -> TextColumn:
+        """A column of some of the texts."""
+        start = self._offsets[rows]
+        return TextColumn(gather(self._bytes, start, self._offsets[rows + 1] - start))
+
+
+class GrowingTexts:
+    """Texts that are added one by one."""
+
+    def __init__(self) -> None:
+        self._rows = GrowingRows("B")
+
+    def append(self, text: str) -> None:
+        self._rows.append(text.encode("utf-8", "surrogatepass"))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def joined(self) -> TextColumn:
+        """All texts; none is left here."""
+        return TextColumn(self._rows.joined())
 
 
 @dataclass(slots=True)
@@ -229,7 +259,7 @@ class Requests:
         expected_tokens: int32 `[R]`, hint on the answer's length, at most its limit; 0 where there is none.
         line_numbers: int32 `[N]`, 1-based line of the job file.
         custom_ids: `[N]`.
-        endpoints: `[N]`.
+        endpoints: uint8 `[N]`, places in `ENDPOINTS`.
     """
 
     tokens: TokenTable
@@ -240,8 +270,8 @@ class Requests:
     seed: npt.NDArray[np.uint64]
     expected_tokens: npt.NDArray[np.int32]
     line_numbers: npt.NDArray[np.int32]
-    custom_ids: Sequence[str]
-    endpoints: list[Endpoint]
+    custom_ids: TextColumn
+    endpoints: npt.NDArray[np.uint8]
 
     def __len__(self) -> int:
         return self.line.size
@@ -274,8 +304,8 @@ class Requests:
             seed=self.seed[rows],
             expected_tokens=self.expected_tokens[rows],
             line_numbers=self.line_numbers[lines],
-            custom_ids=TextColumn(self.custom_ids[line] for line in lines.tolist()),
-            endpoints=[self.endpoints[line] for line in lines],
+            custom_ids=self.custom_ids.take(lines),
+            endpoints=self.endpoints[lines],
         )
 
     def take_lines(self, lines: npt.NDArray[np.int64]) -> Requests:
@@ -296,8 +326,8 @@ class Requests:
             seed=self.seed,
             expected_tokens=self.expected_tokens[:0],
             line_numbers=self.line_numbers[:0],
-            custom_ids=[],
-            endpoints=[],
+            custom_ids=self.custom_ids.take(np.empty(0, dtype=np.int64)),
+            endpoints=self.endpoints[:0],
         )
 
     @property
@@ -321,7 +351,7 @@ class Answers:
         n: int32 `[A]`, answers that the line asks for to this prompt; they are neighbours.
         line_numbers: int32 `[N]`, 1-based line of the job file.
         custom_ids: `[N]`.
-        endpoints: `[N]`.
+        endpoints: uint8 `[N]`, places in `ENDPOINTS`.
     """
 
     request: npt.NDArray[np.int32]
@@ -329,8 +359,8 @@ class Answers:
     seed: npt.NDArray[np.uint64]
     n: npt.NDArray[np.int32]
     line_numbers: npt.NDArray[np.int32]
-    custom_ids: Sequence[str]
-    endpoints: list[Endpoint]
+    custom_ids: TextColumn
+    endpoints: npt.NDArray[np.uint8]
 
     @classmethod
     def of(cls, asked: Requests, request: npt.NDArray[np.int32]) -> Answers:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+from batchrun.columns import GrowingRows, gather
 
 
 class Span(NamedTuple):
@@ -58,9 +59,8 @@ class TokenTable:
 
     def take(self, rows: npt.NDArray[np.int64]) -> TokenTable:
         """A new table of some of the rows."""
-        parts = [self[row] for row in rows]
-        offsets = np.concatenate(([0], np.cumsum(self.lengths[rows])))
-        return TokenTable(np.concatenate([np.empty(0, dtype=np.int32), *parts]), offsets.astype(np.int64))
+        start = self.offsets[rows]
+        return TokenTable(*gather(self.ids, start, self.offsets[rows + 1] - start))
 
     def only(self, rows: npt.NDArray[np.bool_]) -> TokenTable:
         """A new table in which all other rows are empty.
@@ -68,36 +68,25 @@ class TokenTable:
         Args:
             rows: bool `[rows]`.
         """
-        lengths = np.where(rows, self.lengths, 0)
-        ids = [self.ids[:0], *(self[row] for row in np.flatnonzero(rows).tolist())]
-        return TokenTable(np.concatenate(ids), np.concatenate(([0], np.cumsum(lengths))))
+        return TokenTable(*gather(self.ids, self.offsets[:-1], np.where(rows, self.lengths, 0)))
 
     @property
-    def lengths(self) -> npt.NDArray[np.int64]:
-        """Tokens of each row, int64 `[rows]`."""
-        return np.diff(self.offsets)
+    def lengths(self) -> npt.NDArray[np.int32]:
+        """Tokens of each row, int32 `[rows]`."""
+        # In int32 from the start: a difference that fits is the same, also of offsets that do not.
+        return np.subtract(self.offsets[1:], self.offsets[:-1], dtype=np.int32, casting="same_kind")
 
 
 class TokenTableBuilder:
-    """Appends rows. Its buffers grow in place, by a sixteenth, so that what it holds is what the table will."""
+    """Appends rows."""
 
     def __init__(self) -> None:
-        self._ids = array("i")
-        self._offsets = array("q", [0])
+        self._rows = GrowingRows("i")
 
-    def append(self, row: npt.ArrayLike) -> None:
+    def append(self, row: npt.NDArray[np.int32]) -> None:
         """Add one row of token ids."""
-        self._ids.frombytes(np.asarray(row, dtype=np.int32).tobytes())
-        self._offsets.append(len(self._ids))
+        self._rows.append(row.tobytes())
 
     def build(self) -> TokenTable:
-        """The table of all rows so far, over the builder's own buffers: no row can be added any more."""
-        return TokenTable(np.asarray(self._ids), np.asarray(self._offsets))
-
-
-def concat_ranges(low: npt.NDArray[np.integer[Any]], size: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.int64]:
-    """`[low[0], low[0] + 1, ..., low[1], ...]`: the given ranges one after another, int64 `[sum of size]`."""
-    ends = np.cumsum(size, dtype=np.int64)
-    ranges = np.repeat(low - (ends - size), size)
-    ranges += np.arange(ranges.size)
-    return ranges
+        """The table of all rows, which are then no longer here."""
+        return TokenTable(*self._rows.joined())

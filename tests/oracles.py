@@ -8,7 +8,7 @@ from collections import deque
 import numpy as np
 
 from batchrun.planning.cost import CostModel
-from batchrun.request import Requests, SamplingParams
+from batchrun.request import ENDPOINTS, Endpoint, Requests, SamplingParams, TextColumn
 from batchrun.schedule.step import PastTokens, Step, StepOutput
 from batchrun.specs import DeviceSpec, ModelSpec
 from batchrun.tokens import TokenTable
@@ -54,8 +54,8 @@ def make_requests(
         seed=np.arange(count, dtype=np.uint64),
         expected_tokens=np.asarray(expected_tokens or [0] * count, dtype=np.int32),
         line_numbers=np.arange(1, count + 1, dtype=np.int32),
-        custom_ids=[f"r{i}" for i in range(count)],
-        endpoints=[],
+        custom_ids=TextColumn.of(f"r{i}" for i in range(count)),
+        endpoints=np.full(count, ENDPOINTS.index(Endpoint.CHAT), dtype=np.uint8),
     )
 
 

@@ -14,7 +14,7 @@ from batchrun.config import derive_seed, load_config
 from batchrun.formats.job import open_job, read_job
 from batchrun.intake import Intake, read_requests
 from batchrun.models import read_model_spec
-from batchrun.request import Endpoint, JobLine, LineOptions, TextColumn
+from batchrun.request import ENDPOINTS, Endpoint, JobLine, LineOptions, TextColumn
 from batchrun.specs import ModelSpec
 from batchrun.tokenizer import load_tokenizer
 
@@ -65,7 +65,8 @@ def test_every_prompt_keeps_its_line_its_tokens_and_its_limit(intake):
     assert requests.line.tolist() == [0, 1, 2, 2, 2, 3, 3]
     assert requests.line_numbers.tolist() == [1, 4, 5, 6]
     assert list(requests.custom_ids) == ["a", "b", "c", "d"]
-    assert requests.endpoints == [Endpoint.COMPLETIONS, Endpoint.CHAT, Endpoint.COMPLETIONS, Endpoint.COMPLETIONS]
+    completion, dialogue = Endpoint.COMPLETIONS, Endpoint.CHAT
+    assert [ENDPOINTS[place] for place in requests.endpoints] == [completion, dialogue, completion, completion]
     assert requests.max_new_tokens.tolist() == [3, 4, 5, 5, 5, 6, 6]
     assert result.faults == []
 
@@ -224,7 +225,7 @@ def test_memory_is_what_the_tokens_and_the_columns_take(intake):
 
 @given(st.lists(st.text(st.characters(), max_size=12) | st.text(max_size=12), max_size=8))
 def test_a_column_of_texts_is_their_list(texts):
-    column = TextColumn(texts)
+    column = TextColumn.of(texts)
     assert list(column) == texts
     assert [column[at] for at in np.arange(len(texts))] == texts
     for outside in (-1, len(texts)):

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from batchrun.columns import concat_ranges
 from batchrun.grammar import Grammars, Matcher
 from batchrun.request import Requests
 from batchrun.schedule.step import PastTokens, Step
-from batchrun.tokens import concat_ranges
 
 Int32 = npt.NDArray[np.int32]
 

@@ -16,9 +16,9 @@ import numpy.typing as npt
 import torch
 from torch.nn.functional import pad
 
+from batchrun.columns import concat_ranges
 from batchrun.request import Requests
 from batchrun.schedule.step import PastTokens
-from batchrun.tokens import concat_ranges
 
 _NEVER = float("-inf")
 _DRAWN_AT_ONCE = 1 << 24  # logits; drawing takes some 40 bytes for each

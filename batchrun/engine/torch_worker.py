@@ -17,7 +17,7 @@ from batchrun.engine.kv_cache import KVCache, PageTables
 from batchrun.engine.masks import Masks
 from batchrun.engine.model import LoadedModel
 from batchrun.engine.sampler import Sampled, Sampler, concat_sampled
-from batchrun.request import Requests, SamplingParams
+from batchrun.request import Requests, SamplingParams, TextColumn
 from batchrun.schedule.step import PastTokens, PrefixReads, Step, StepLogprobs, StepOutput
 from batchrun.tokens import TokenTable
 
@@ -221,8 +221,8 @@ def kv_memory(model: LoadedModel, device: Device, *, share: float, rows: int, pa
             seed=zeros.astype(np.uint64),
             expected_tokens=ones,
             line_numbers=slots,
-            custom_ids=[],
-            endpoints=[],
+            custom_ids=TextColumn.of([]),
+            endpoints=slots[:0].astype(np.uint8),
         )
         step = Step(
             index=0,

@@ -12,7 +12,7 @@ from batchrun.chat import ChatReader
 from batchrun.formats.results import result_line, unrun_line
 from batchrun.formats.rundir import ResultSink
 from batchrun.prefix.groups import PrefixGroups
-from batchrun.request import Answers, Endpoint, FinishReason, Logprobs, Requests, Result, ToolChoice, Usage
+from batchrun.request import ENDPOINTS, Answers, Endpoint, FinishReason, Logprobs, Requests, Result, ToolChoice, Usage
 from batchrun.schedule.scheduler import Finished
 from batchrun.tokenizer import Tokenizer
 
@@ -58,7 +58,7 @@ class LineCollector:
             cached = finished.cached_tokens if row == rows[0] else prompt_tokens
             usage = Usage(prompt_tokens, cached, finished.token_ids.size)
             result = Result(row, text, finished.token_ids, reason, usage, logprobs)
-            if self._answers.endpoints[self._answers.line[row]] is Endpoint.CHAT:
+            if ENDPOINTS[self._answers.endpoints[self._answers.line[row]]] is Endpoint.CHAT:
                 result = self._taken_apart(finished, result)
             self._add(result)
         return len(rows)
@@ -126,7 +126,7 @@ class LineCollector:
                 results,
                 custom_id=answers.custom_ids[line],
                 line=int(answers.line_numbers[line]),
-                endpoint=answers.endpoints[line],
+                endpoint=ENDPOINTS[answers.endpoints[line]],
                 model=self._model,
                 created=int(time.time()),
                 seed=int(answers.seed[first]),

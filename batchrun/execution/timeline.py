@@ -11,6 +11,7 @@ from batchrun.schedule.scheduler import Finished
 from batchrun.schedule.step import Step
 
 SLOWEST = 20
+_BLOCK = 1 << 16  # requests looked at at once
 
 
 class Timeline:
@@ -42,12 +43,16 @@ class Timeline:
             steps: the records of the steps, `[steps]` as in `StepLog.columns`.
             limit: how many at most.
         """
-        ran = np.flatnonzero(self.last >= 0)
         ends = np.cumsum(steps["seconds"])
-        # Steps that were lost with a worker have no record: then a step's number is not its place.
-        first, last = (np.searchsorted(steps["index"], column[ran]) for column in (self.first, self.last))
-        spent = ends[last] - ends[first] + steps["seconds"][first]
-        longest = np.lexsort((ran, -spent))[:limit]
+        ran, spent = np.empty(0, dtype=np.int64), np.empty(0)
+        for low in range(0, self.last.size, _BLOCK):  # of each block with those before it, the longest
+            more = low + np.flatnonzero(self.last[low : low + _BLOCK] >= 0)
+            # Steps that were lost with a worker have no record: then a step's number is not its place.
+            first, last = (np.searchsorted(steps["index"], column[more]) for column in (self.first, self.last))
+            ran = np.concatenate((ran, more))
+            spent = np.concatenate((spent, ends[last] - ends[first] + steps["seconds"][first]))
+            longest = np.lexsort((ran, -spent))[:limit]
+            ran, spent = ran[longest], spent[longest]
         return tuple(
             SlowRequest(
                 custom_id=requests.custom_ids[int(requests.line[request])],
@@ -58,5 +63,5 @@ class Timeline:
                 last_step=int(self.last[request]),
                 seconds=seconds,
             )
-            for request, seconds in zip(ran[longest].tolist(), spent[longest].tolist(), strict=True)
+            for request, seconds in zip(ran.tolist(), spent.tolist(), strict=True)
         )

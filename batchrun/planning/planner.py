@@ -112,7 +112,7 @@ def order_requests(plan: Plan, requests: Requests, expected_new_tokens: npt.NDAr
     """The order of a plan's requests, int32 `[R]`, if answers have the given lengths."""
     options = plan.options
     order = ORDERS["dfs" if options.schedule_order == AUTO else options.schedule_order]
-    prompt = requests.tokens.lengths.astype(np.int32)
+    prompt = requests.tokens.lengths
     context = OrderContext(plan.costs, plan.budget.pages * plan.budget.page_size, options.seed)
     return order(plan.groups, prompt, expected_new_tokens, context)
 
@@ -126,7 +126,7 @@ def _most_pages(groups: PrefixGroups, requests: Requests, budget: MemoryBudget) 
 def pages_needed(groups: PrefixGroups, requests: Requests, budget: MemoryBudget) -> npt.NDArray[np.int64]:
     """Pages that each request takes when it runs alone to its limit, its prefixes included, int64 `[R]`."""
     own = requests.tokens.lengths - groups.request_depth + requests.max_new_tokens - 1
-    return -(-own // budget.page_size) + _prefix_pages(groups, budget)
+    return _prefix_pages(groups, budget)[groups.request_group] - (-own // budget.page_size)
 
 
 def fit_to_pool(
@@ -143,16 +143,14 @@ def fit_to_pool(
         How many limits were cut, and which requests can never fit, bool `[R]`.
     """
     own = requests.tokens.lengths - groups.request_depth
-    most = (budget.pages - _prefix_pages(groups, budget)) * budget.page_size - own + 1
+    most = ((budget.pages - _prefix_pages(groups, budget)) * budget.page_size + 1)[groups.request_group]
+    most -= own
     cut = defaulted & (requests.max_new_tokens > most) & (most > 0)
     requests.max_new_tokens[cut] = most[cut]
     return int(cut.sum()), requests.max_new_tokens > most
 
 
 def _prefix_pages(groups: PrefixGroups, budget: MemoryBudget) -> npt.NDArray[np.int64]:
-    """Pages of all prefixes that each request reads, int64 `[R]`."""
-    if not len(groups):
-        return np.zeros(groups.request_group.size, dtype=np.int64)
+    """Pages of all prefixes that a reader of each group reads, int64 `[G + 1]`: [-1], for those of none, is 0."""
     of_group = -(-groups.length // budget.page_size)
-    of_path = np.where(groups.path >= 0, of_group[groups.path], 0).sum(axis=1)
-    return np.where(groups.request_group >= 0, of_path[groups.request_group], 0)
+    return np.append(np.where(groups.path >= 0, of_group[groups.path], 0).sum(axis=1, dtype=np.int64), 0)

@@ -27,6 +27,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from batchrun.columns import gather
 from batchrun.prefix.explain import Decode
 from batchrun.prefix.forest import PrefixForest, build_forest
 from batchrun.request import Requests
@@ -51,7 +52,6 @@ _PROBED = 256  # prompts that are looked at for shuffled lines before all are
 _SHOWN = 64  # prompts whose difference is decoded, to see what it is
 _CONTEXT = 16  # tokens around it that the words are taken from that it begins and ends in
 _BLOCK = 1 << 15  # prompts whose windows are in memory at once
-_COPIED = 1 << 22  # tokens copied at once
 
 _MIX, _POWER = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD1342543DE82EF95)  # odd, for hashing
 
@@ -294,7 +294,7 @@ def _field_mend(anchor: int, share: float) -> _Mend:
 
 def _move_fields(anchor: int, share: float, tails: TokenTable, compared: int) -> _Mended | None:
     """Move the tokens by which tails differ behind those that follow and are shared."""
-    start, length = tails.offsets[:-1], tails.lengths
+    start, length = tails.offsets[:-1], tails.lengths.astype(np.int64)
     # How many tails have each window, of those that stand behind several continuations of the branch point. A window is
     # a number below 2^44, a tail one below 2^20.
     some = _evenly(length.size, compared)
@@ -326,13 +326,13 @@ def _move_fields(anchor: int, share: float, tails: TokenTable, compared: int) ->
     field[~changed] = 0
 
     behind, rest = start + field, length - field
-    forest = build_forest(TokenTable(*_gather(tails.ids, behind[changed], rest[changed])))
+    forest = build_forest(TokenTable(*gather(tails.ids, behind[changed], rest[changed])))
     node = forest.node
     alike = np.zeros(length.size, dtype=np.int64)
     alike[changed] = forest.depth[node] + np.where(forest.requests[node] > 1, forest.length[node], 0)
     begin = np.stack((behind, start, behind + alike), axis=1)
     size = np.stack((alike, field, rest - alike), axis=1)
-    rewritten, _ = _gather(tails.ids, begin.ravel(), size.ravel())
+    rewritten, _ = gather(tails.ids, begin.ravel(), size.ravel())
     return _Mended(TokenTable(rewritten, tails.offsets), changed, field, alike)
 
 
@@ -408,7 +408,7 @@ def _sort_lines(line_ends: Bool, tails: TokenTable, compared: int) -> _Mended | 
     source = np.arange(start.size)
     source[moved] = moved[np.lexsort((seen[moved], tail[moved]))]
     begin = np.stack((start[source], start + content), axis=1)
-    rewritten, _ = _gather(ids, begin.ravel(), np.stack((content[source], ended), axis=1).ravel())
+    rewritten, _ = gather(ids, begin.ravel(), np.stack((content[source], ended), axis=1).ravel())
     return _Mended(
         TokenTable(rewritten, offsets),
         changed,
@@ -509,17 +509,4 @@ def _evenly(count: int, most: int) -> Int64:
 
 def _tails(tokens: TokenTable, rows: Int32 | Int64, depth: int) -> TokenTable:
     """Some rows of a table without their first `depth` tokens."""
-    return TokenTable(*_gather(tokens.ids, tokens.offsets[rows] + depth, tokens.lengths[rows] - depth))
-
-
-def _gather(ids: Int32, start: Int64, length: Int64) -> tuple[Int32, Int64]:
-    """Spans of `ids` one after another, and where each begins, with the end of the last."""
-    offsets = np.concatenate(([0], np.cumsum(length)))
-    gathered = np.empty(int(offsets[-1]), dtype=np.int32)
-    for low in range(0, gathered.size, _COPIED):
-        high = min(low + _COPIED, gathered.size)
-        first, last = (np.searchsorted(offsets, (low, high - 1), side="right") - 1).tolist()
-        inside = np.minimum(offsets[first + 1 : last + 2], high) - np.maximum(offsets[first : last + 1], low)
-        shift = np.repeat((start - offsets[:-1])[first : last + 1], inside)
-        gathered[low:high] = ids[np.arange(low, high) + shift]
-    return gathered, offsets
+    return TokenTable(*gather(tokens.ids, tokens.offsets[rows] + depth, tokens.lengths[rows] - depth))

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from batchrun.tokens import TokenTable, concat_ranges
+from batchrun.columns import concat_ranges
+from batchrun.tokens import TokenTable
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
@@ -81,7 +82,7 @@ def build_forest(tokens: TokenTable) -> PrefixForest:
     Raises:
         ValueError: a prompt is empty.
     """
-    lengths = tokens.lengths.astype(np.int32)
+    lengths = tokens.lengths
     if lengths.size and int(lengths.min()) == 0:
         raise ValueError(f"request {int(lengths.argmin())} has an empty prompt")
     made, order, ends_at = _split(tokens.ids, tokens.offsets[:-1], lengths)

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 
 from batchrun.config import load_config
 from batchrun.formats.job import lint_job, open_job, read_job
@@ -114,6 +115,13 @@ def hinted(lines: Iterator[Line]) -> Iterator[Line]:
         yield line | {"batchrun": {"expected_tokens": 1 + i % 500}}
 
 
+def sampled(lines: Iterator[Line]) -> Iterator[Line]:
+    """With settings as vLLM has them."""
+    for line in lines:
+        settings = {"top_k": 20, "min_p": 0.05, "repetition_penalty": 1.1, "stop": ["\n\n"], "ignore_eos": False}
+        yield line | {"body": line["body"] | settings}
+
+
 def prompts(count: int, words: int) -> Iterator[Line]:
     """Plain lines with a prompt."""
     text = Text(3)
@@ -136,11 +144,14 @@ def write_job(path: Path, lines: Iterator[Line]) -> int:
 
 
 def measure_lines(folder: Path, scale: float, repeats: int) -> dict[str, Any]:
-    """Checking and reading lines of several sizes, in MB a second of one core."""
+    """Checking and reading lines of several sizes, in MB a second of one core, and beside it what orjson alone takes,
+    turn about."""
     jobs = {
         "chat": chats(int(8000 * scale), 900, 150),
         "chat, middling": chats(int(30_000 * scale), 100, 180),
+        "chat, sampled": sampled(chats(int(30_000 * scale), 100, 180)),
         "chat, with hints": hinted(chats(int(30_000 * scale), 100, 180)),
+        "plain": prompts(int(30_000 * scale), 330),
         "chat, short": chats(int(100_000 * scale), 2, 3),
         "plain, short": prompts(int(100_000 * scale), 6),
     }
@@ -149,8 +160,13 @@ def measure_lines(folder: Path, scale: float, repeats: int) -> dict[str, Any]:
         path = folder / "lines.jsonl"
         count = write_job(path, lines)
         size = path.stat().st_size
-        seconds: dict[str, list[float]] = {"lint": [], "read": []}
+        seconds: dict[str, list[float]] = {"orjson": [], "lint": [], "read": []}
+        texts = path.read_bytes().splitlines()
         for _ in range(repeats):
+            began = time.process_time()
+            for text in texts:
+                orjson.loads(text)
+            seconds["orjson"].append(time.process_time() - began)
             began = time.process_time()
             lint = lint_job(open_job(path))
             seconds["lint"].append(time.process_time() - began)
@@ -163,6 +179,7 @@ def measure_lines(folder: Path, scale: float, repeats: int) -> dict[str, Any]:
         found[name] = {"bytes_a_line": size / count, "us_a_line": 1e6 * medians["lint"] / count} | {
             f"{job}_mb_a_core_s": size / 1e6 / taken for job, taken in medians.items()
         }
+        found[name]["share_of_orjson"] = medians["orjson"] / medians["lint"]
     return found
 
 
@@ -269,12 +286,14 @@ def peak_of(job: Path, model: Path, words: int) -> dict[str, float]:
 
 
 def show(document: dict[str, Any]) -> Iterator[str]:
-    yield f"{'lines':20}{'bytes':>8}{'us a line':>11}{'lint MB/s':>11}{'read MB/s':>11}   (of one core)"
+    yield f"{'lines':20}{'bytes':>8}{'us a line':>11}{'lint MB/s':>11}{'read MB/s':>11}{'orjson MB/s':>13} a core"
     for name, row in document["lines"].items():
         yield (
             f"{name:20}{row['bytes_a_line']:8.0f}{row['us_a_line']:11.1f}"
-            f"{row['lint_mb_a_core_s']:11.0f}{row['read_mb_a_core_s']:11.0f}"
+            f"{row['lint_mb_a_core_s']:11.0f}{row['read_mb_a_core_s']:11.0f}{row['orjson_mb_a_core_s']:13.0f}"
         )
+    if "tokenize" not in document:
+        return
     row = document["tokenize"]
     yield ""
     yield (
@@ -298,6 +317,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", type=float, default=1.0, help="size of the jobs; 1 takes some minutes")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--lines-only", action="store_true", help="lines alone, not tokenising and memory")
     parser.add_argument("--peak-of", nargs=3, metavar=("JOB", "MODEL", "WORDS"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak_of:
@@ -306,10 +326,11 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        document = {
-            "lines": measure_lines(folder, args.scale, args.repeats),
-            "tokenize": measure_tokenize(folder, args.scale, args.repeats),
-            "memory": measure_memory(folder, args.scale),
+        document = {"lines": measure_lines(folder, args.scale, args.repeats)}
+        if not args.lines_only:
+            document["tokenize"] = measure_tokenize(folder, args.scale, args.repeats)
+            document["memory"] = measure_memory(folder, args.scale)
+        document |= {
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "machine": platform.processor() or platform.machine(),
             "python": platform.python_version(),

@@ -87,7 +87,7 @@ def shared_prompts(count: int, seed: int = 0) -> Any:
 
 def requests_of(tokens: Any, seed: int = 1) -> Any:
     """`Requests` of these prompts, with answers of 1 to 200 tokens of known length."""
-    from batchrun.request import Endpoint, Requests, SamplingParams
+    from batchrun.request import ENDPOINTS, Endpoint, Requests, SamplingParams, TextColumn
 
     count = len(tokens)
     return Requests(
@@ -99,8 +99,8 @@ def requests_of(tokens: Any, seed: int = 1) -> Any:
         seed=np.zeros(count, dtype=np.uint64),
         expected_tokens=np.zeros(count, dtype=np.int32),
         line_numbers=np.arange(1, count + 1, dtype=np.int32),
-        custom_ids=[""] * count,
-        endpoints=[Endpoint.COMPLETIONS] * count,
+        custom_ids=TextColumn.of([""] * count),
+        endpoints=np.full(count, ENDPOINTS.index(Endpoint.COMPLETIONS), dtype=np.uint8),
     )
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from oracles import DEAR_ROWS, make_requests
 
+from batchrun.execution import timeline as timeline_module
 from batchrun.execution.loop import run_loop
 from batchrun.execution.simulate import SimulatedWorker
 from batchrun.execution.timeline import Timeline
@@ -15,7 +17,9 @@ from batchrun.report.records import StepLog, StepRecord
 from batchrun.schedule.scheduler import Scheduler
 
 
-def test_requests_are_ranked_by_the_time_of_their_steps():
+@pytest.mark.parametrize("block", [1, 4, 1000])
+def test_requests_are_ranked_by_the_time_of_their_steps(monkeypatch, block):
+    monkeypatch.setattr(timeline_module, "_BLOCK", block)
     lengths = [3, 9, 1, 9, 5, 2]
     requests = make_requests([[i, i + 1] for i in range(0, 12, 2)], lengths, ignore_eos=True)
     budget = MemoryBudget(page_size=4, pages=100, page_bytes=1, weight_bytes=0)

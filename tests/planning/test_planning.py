@@ -21,7 +21,7 @@ from batchrun.planning.order import ORDERS, _dual_scan, _unit_of_group
 from batchrun.planning.planner import Plan, PlanOptions, fit_to_pool, make_plan, pages_needed
 from batchrun.prefix.forest import build_forest
 from batchrun.prepare import plan_what_fits
-from batchrun.request import Endpoint, Requests, SamplingParams
+from batchrun.request import Requests, SamplingParams
 from batchrun.schedule.scheduler import Scheduler
 from batchrun.schedule.step import Step
 from batchrun.specs import ModelSpec
@@ -322,7 +322,6 @@ def test_all_that_a_plan_keeps_can_run_to_its_limit_however_small_the_pool(
     requests, pages, page_size, first_guess, data
 ):
     count = len(requests)
-    requests.endpoints = [Endpoint.CHAT] * count
     greedy = data.draw(st.booleans())
     requests.sampling = [SamplingParams(0.0 if greedy else 1.0, ignore_eos=True)]  # every answer runs to its limit
     requests.line = np.sort(np.array(data.draw(st.lists(st.integers(0, count - 1), min_size=count, max_size=count))))

@@ -9,7 +9,6 @@ import uuid
 from collections.abc import Sequence
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 from factories import make_tokenizer
 from hypothesis import given, settings
@@ -20,7 +19,6 @@ from batchrun.prefix import doctor
 from batchrun.prefix.doctor import Diagnosis, diagnose
 from batchrun.prefix.forest import build_forest
 from batchrun.tokenizer import Tokenizer, load_tokenizer
-from batchrun.tokens import TokenTable
 
 NEWLINE = 0
 
@@ -311,26 +309,12 @@ def test_a_part_of_a_large_job_is_enough_and_numbers_are_of_the_whole(monkeypatc
     head, body = words(20), words(100)
     prompts = [[*head, *words(3), *body, *words(5)] for _ in range(600)]
     whole = examined(prompts)
-    for name, size in (("_EXAMINED", 50), ("_BLOCK", 7), ("_COPIED", 100), ("_COMPARED_AGAIN", 200)):
+    for name, size in (("_EXAMINED", 50), ("_BLOCK", 7), ("_COMPARED_AGAIN", 200)):
         monkeypatch.setattr(doctor, name, size)
     part = examined(prompts)
     assert part.findings[0].spared_tokens == whole.findings[0].spared_tokens == 599 * 100
     assert part.findings[0].requests == 600
     assert (part.examined, whole.examined) == (50, 600)
-
-
-@settings(deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 9)), max_size=20), st.integers(1, 30))
-def test_spans_are_gathered_whatever_the_block(spans, block):
-    ids = np.arange(100, dtype=np.int32)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(doctor, "_COPIED", block)
-        columns = [np.array([span[i] for span in spans], dtype=np.int64) for i in (0, 1)]
-        gathered, offsets = doctor._gather(ids, *columns)
-    table = TokenTable(gathered, offsets)
-    assert [row.tolist() for row in (table[i] for i in range(len(table)))] == [
-        list(range(start, start + length)) for start, length in spans
-    ]
 
 
 def test_faults_within_each_other_are_not_counted_twice():

@@ -17,7 +17,7 @@ from batchrun.planning.memory import MemoryBudget
 from batchrun.planning.planner import Plan, PlanOptions, make_plan
 from batchrun.prefix.explain import Explanation, PrefixRead, Timetable, explain, shared_runs
 from batchrun.prefix.forest import build_forest
-from batchrun.request import Answers, LineFault, Requests
+from batchrun.request import Answers, LineFault, Requests, TextColumn
 from batchrun.schedule.scheduler import Scheduler
 from batchrun.schedule.step import Step, StepOutput
 
@@ -170,7 +170,7 @@ def a_job():
 def test_a_line_of_several_prompts_has_one_explanation_each():
     requests, forest, plan, timetable = a_job()
     requests.line[:] = [0, 0, 1]
-    requests.custom_ids = ["pair", "alone"]
+    requests.custom_ids = TextColumn.of(["pair", "alone"])
     requests.line_numbers = np.array([4, 9], dtype=np.int32)
     found = explained(requests, forest, plan, timetable, "pair")
     assert (found.line, len(found.requests)) == (4, 2)
@@ -193,7 +193,7 @@ def test_bad_lines_and_unknown_ones():
 def test_a_duplicate_is_explained_by_the_request_that_it_is_computed_with():
     requests, forest, plan, timetable = a_job()
     asked = make_requests([[1, 2, 3, 4, 5, 6, 7], [9, 9], [1, 2, 3, 4, 5, 6, 8], [9, 9]], [3] * 4)
-    requests.custom_ids = ["r0", "r2", "r1"]
+    requests.custom_ids = TextColumn.of(["r0", "r2", "r1"])
     answers = Answers.of(asked, np.array([0, 2, 1, 2], dtype=np.int32))
     found = explain("r3", [], answers, requests, forest, plan.groups, timetable, text)
     [request] = found.requests
