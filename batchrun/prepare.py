@@ -393,7 +393,7 @@ def mismatches(lint: JobLint, subject: Subject) -> Warned | None:
     return Warned(
         "model_mismatch",
         sum(others.values()),
-        f"body.model names another model than {subject.name!r} (most often {most!r}), which all lines are run with",
+        f"model names another model than {subject.name!r} (most often {most!r}), which all lines are run with",
     )
 
 

@@ -86,6 +86,7 @@ class SamplingParams:
     n: int = 1  # answers to a prompt
     tool_choice: ToolChoice | None = None  # whose calls are looked for in the text; None: nobody's
     parallel_tool_calls: bool = True  # whether there may be more than one
+    include_reasoning: bool = True  # whether the result has what the model thought
     grammar: Grammar | None = None  # what the answer must be a text of
 
     @property
@@ -131,6 +132,7 @@ class LineOptions:
     n: int | None = None  # answers to each prompt
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
     grammar: Grammar | None = None
     grammar_field: str | None = None  # the field that has it
     truncate_prompt_tokens: int | None = None  # the last so many tokens of a prompt count; -1: as many as fit
@@ -154,6 +156,7 @@ class JobLine:
     tools: tuple[dict[str, Any], ...] | None = None  # for the chat template, as are the next
     template_kwargs: dict[str, Any] | None = None
     prompts: tuple[str | tuple[int, ...], ...] | None = None
+    add_special_tokens: bool | None = None  # whether the tokenizer adds its own to texts; None: not to a chat's
     model: str | None = None
     unknown_fields: tuple[str, ...] = ()
 
@@ -168,7 +171,7 @@ class LineFault:
         code: `invalid_json_line`, `invalid_row`, `invalid_request`, `duplicate_custom_id`, `unsupported_url`,
             `unsupported_field`, `context_length_exceeded`, `empty_prompt`.
         message: what is wrong with it and what would be right.
-        param: the field at fault (`body.temperature`), or None.
+        param: the field at fault (`temperature`; those of a body are named within it), or None.
     """
 
     number: int

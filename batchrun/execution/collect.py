@@ -96,7 +96,8 @@ class LineCollector:
         reason = result.finish_reason
         if calls and reason is FinishReason.STOP and choice is not ToolChoice.NAMED:  # as at OpenAI's
             reason = FinishReason.TOOL_CALLS
-        return replace(result, text=read.content, reasoning=read.reasoning, tool_calls=calls, finish_reason=reason)
+        thought = read.reasoning if sampling.include_reasoning else None
+        return replace(result, text=read.content, reasoning=thought, tool_calls=calls, finish_reason=reason)
 
     def _rows(self, request: int) -> list[int]:
         rows: list[int] = self._by_request[self._begin[request] : self._begin[request + 1]].tolist()
