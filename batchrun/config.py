@@ -523,7 +523,8 @@ def _dashes(name: str) -> str:
 _SAMPLING_FIELDS = tuple(SamplingConfig.model_fields)
 # Which only a line can ask for.
 _LINE_FIELDS = (
-    *("logit_bias", "logprobs", "echo", "n", "tool_choice", "parallel_tool_calls", "include_reasoning", "grammar"),
+    *("logit_bias", "logprobs", "prompt_logprobs", "echo", "prompt_only", "n"),
+    *("tool_choice", "parallel_tool_calls", "include_reasoning", "grammar"),
 )
 _said = attrgetter(*_SAMPLING_FIELDS)
 _said_by_line = attrgetter(*_SAMPLING_FIELDS, *_LINE_FIELDS)

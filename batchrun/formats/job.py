@@ -477,8 +477,6 @@ def _read_body(
         elif (neutral := _NOT_BUILT.get(name)) is not None:
             if not _is_one_of(value, neutral):
                 message = f"{name} is not supported yet; leave it out (it is {_shown(value)})"
-                if name == "prompt_logprobs":
-                    message = f"{name} is not supported: {_NO_PROMPT_LOGPROBS}"
                 raise _Fault("unsupported_field", name, message)
         elif name == "batchrun":
             hints = _hints(name, value, unknown) | hints
@@ -489,6 +487,8 @@ def _read_body(
     model = found.pop("model", None)
     if (max_completion_tokens := found.pop("max_completion_tokens", None)) is not None:
         found["max_tokens"] = max_completion_tokens
+    if found.get("max_tokens") == 0 and not found.get("echo"):
+        raise _invalid("max_tokens", 0, "an integer of at least 1, or 0 with echo")
     for_template: dict[str, Any] = {}
     if not _TRANSLATED.isdisjoint(found):  # most lines have none of these, and a job has millions of lines
         for_template = _translate(endpoint, found)
@@ -510,9 +510,8 @@ def _translate(endpoint: Endpoint, found: dict[str, Any]) -> dict[str, Any]:
         arguments = _template_arguments(found)
         if arguments:
             for_template["chat_template_kwargs"] = {**for_template.get("chat_template_kwargs", {}), **arguments}
-    elif found.get("echo") and found.get("logprobs") is not None:
-        message = "echo with logprobs asks for logprobs of the prompt; " + _NO_PROMPT_LOGPROBS
-        raise _Fault("unsupported_field", "echo", message)
+    elif found.get("max_tokens") == 0:  # the prompt alone is looked at
+        found |= {"max_tokens": 1, "prompt_only": True}
     if "add_special_tokens" in found:
         for_template["add_special_tokens"] = found.pop("add_special_tokens")
     _one_grammar(found, calls)
@@ -1045,7 +1044,7 @@ _GRAMMARS: dict[str, Callable[[str, Any], Grammar | None]] = {
 
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "model": _text,
-    "max_tokens": _integer(1),
+    "max_tokens": _integer(0),
     "max_completion_tokens": _integer(1),
     "min_tokens": _integer(0, MAX_COUNT),
     "temperature": _number(0, 2),
@@ -1065,6 +1064,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "include_stop_str_in_output": _boolean,
     "skip_special_tokens": _boolean,
     "truncate_prompt_tokens": _truncate,
+    "prompt_logprobs": _integer(0, MAX_LOGPROBS),
     "add_special_tokens": _boolean,
     **_GRAMMARS,
     "guided_whitespace_pattern": _filled,
@@ -1107,7 +1107,6 @@ _TRANSLATED = frozenset(
         "guided_whitespace_pattern",
     }
 )
-_NO_PROMPT_LOGPROBS = "tokens of shared prompts are computed once for many lines, and no logits are made for them"
 
 # Under `batchrun`, in the line or in its body.
 _HINTS: dict[str, Callable[[str, Any], Any]] = {"expected_tokens": _integer(1)}
@@ -1134,7 +1133,7 @@ _NOT_BUILT: dict[str, tuple[Any, ...]] = {
     **_fields("tool_choice function_call", "none", "auto"),
     **_fields("modalities", ["text"]),
     **_fields("verbosity", "medium"),
-    **_fields("tools functions prompt_logprobs stream_options audio prediction suffix", [], {}, ""),
+    **_fields("tools functions stream_options audio prediction suffix", [], {}, ""),
     **_fields("web_search_options chat_template chat_template_kwargs", [], {}, ""),
     **_fields("reasoning_effort documents mm_processor_kwargs media_io_kwargs", [], {}, ""),
     **_fields("allowed_token_ids logits_processors prompt_embeds kv_transfer_params", [], {}, ""),
