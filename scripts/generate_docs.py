@@ -182,7 +182,7 @@ A line without an id is `line-<number>`. `url` is {endpoints}, line by line; in 
 # What the fields mean that are no settings of [sampling].
 MEANINGS = {
     "model": "Informative; another name than that of `--model` is a warning.",
-    "max_tokens": "Tokens of the answer at most.",
+    "max_tokens": "Tokens of the answer at most; 0 with `echo` alone.",
     "max_completion_tokens": "The same under its newer name; it wins over `max_tokens`.",
     "seed": "Seed of the answer; choice i uses seed + i.",
     "n": "Answers to each prompt; the choices of the first prompt come first.",
@@ -207,7 +207,10 @@ MEANINGS = {
     "add_special_tokens": "Whether the tokenizer puts its own (BOS, for one) around a text; around a completion's "
     "it does, as the template of a chat has written them.",
     "top_logprobs": "Of a chat with `logprobs`: likeliest tokens to name at each place.",
-    "echo": "Of a completion: its text begins with the prompt. Not together with `logprobs`.",
+    "echo": "Of a completion: its text begins with the prompt, and `logprobs` with those of the prompt; with "
+    "`max_tokens` 0 there is nothing else.",
+    "prompt_logprobs": "Likeliest tokens to name at each place of the prompt, beside its own ([logprobs]"
+    "(sampling.md#logprobs)).",
     "response_format": "What the answer must be: with `json_schema` JSON by its `schema`, with `json_object` any "
     "object ([structured outputs](sampling.md#structured-outputs)).",
     "structured_outputs": "vLLM's name for it, with one of `json` (a schema), `regex`, `choice` (a list of texts), "

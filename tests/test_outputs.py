@@ -170,13 +170,16 @@ def test_what_the_text_has(run, reference):
 
 
 def scored(model: Any, ids: Any) -> torch.Tensor:
-    """By the model alone, the logprobs of all tokens at each place of a prompt but the first, `[tokens - 1, vocabulary]`."""
+    """Logprobs of all tokens at each place of a prompt but the first, `[tokens - 1, vocabulary]`."""
     with torch.no_grad():
         return model(ids).logits[0, :-1].float().log_softmax(-1)
 
 
-def test_logprobs_of_prompts_are_those_of_the_model_whatever_else_is_run(run, reference):
+@pytest.mark.parametrize("pieces", [False, True], ids=["whole steps", "steps in pieces"])
+def test_logprobs_of_prompts_are_those_of_the_model_whatever_else_is_run(run, reference, pieces, monkeypatch):
     model, tokenizer = reference
+    if pieces:
+        monkeypatch.setattr("batchrun.engine.scores._AT_ONCE", 3 * model.config.vocab_size)
     prompts = [*PROMPTS, PROMPTS[0], " ".join(PROMPTS * 4)]  # the last one is computed in parts
     wanted = [i % 3 for i in range(len(prompts))]
     lines = [
@@ -184,7 +187,9 @@ def test_logprobs_of_prompts_are_those_of_the_model_whatever_else_is_run(run, re
     ]
     lines += [{"id": f"plain {i}", "prompt": prompt, **GREEDY} for i, prompt in enumerate(prompts)]
     lines += [{"id": "one token", "prompt": [40], **GREEDY, "prompt_logprobs": 1}]
-    lines += [{"id": "chat", "messages": [{"role": "user", "content": "apple"}], **GREEDY, "prompt_logprobs": 1, "n": 2}]
+    lines += [
+        {"id": "chat", "messages": [{"role": "user", "content": "apple"}], **GREEDY, "prompt_logprobs": 1, "n": 2}
+    ]
     found = run(lines)
     for i, prompt in enumerate(prompts):
         ids = tokenizer(prompt, return_tensors="pt").input_ids
@@ -209,7 +214,9 @@ def test_logprobs_of_prompts_are_those_of_the_model_whatever_else_is_run(run, re
 
 def test_echo_with_logprobs_scores_the_prompt(run, reference):
     model, tokenizer = reference
-    lines = [{"id": str(i), "prompt": prompt, **GREEDY, "logprobs": i, "echo": True} for i, prompt in enumerate(PROMPTS)]
+    lines = [
+        {"id": str(i), "prompt": prompt, **GREEDY, "logprobs": i, "echo": True} for i, prompt in enumerate(PROMPTS)
+    ]
     lines += [{**line, "id": f"only {line['id']}", "max_tokens": 0} for line in lines]
     lines += [{"id": "unscored", "prompt": PROMPTS[0], "echo": True, "max_tokens": 0}]
     found = run(lines)

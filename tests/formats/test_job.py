@@ -354,7 +354,6 @@ def test_bad_line(tmp_path, line, code, param):
 NOT_BUILT = {
     "best_of": 2,
     "stream": True,
-    "prompt_logprobs": 0,
     "functions": [{"name": "f"}],
     "function_call": {"name": "f"},
     "modalities": ["text", "audio"],
@@ -631,9 +630,11 @@ def test_logprobs_are_asked_for_in_each_apis_way(tmp_path):
     ):
         found = fault(tmp_path, line)
         assert (found.code, found.param) == ("invalid_request", param)
-    found = fault(tmp_path, {"prompt": "a", "logprobs": 1, "echo": True})
-    assert (found.code, found.param) == ("unsupported_field", "echo")
-    assert "shared prompts" in found.message
+    assert sound(tmp_path, chat(prompt_logprobs=2)).options.prompt_logprobs == 2
+    options = sound(tmp_path, {"prompt": "a", "logprobs": 1, "echo": True, "max_tokens": 0}).options
+    assert (options.max_tokens, options.prompt_only) == (1, True)
+    for line in (chat(max_tokens=0), {"prompt": "a", "max_tokens": 0}):
+        assert fault(tmp_path, line).param == "max_tokens"
 
 
 @pytest.mark.parametrize(
