@@ -272,7 +272,7 @@ def _results_file(name: str) -> str:
 
 
 class InputConfig(_Section):
-    """How rows of a table (Parquet, CSV) become requests, one each. Jobs in JSON lines have no use for it."""
+    """How rows of a table (Parquet, CSV, any JSON lines) become requests, one each. Lines of a job need none of it."""
 
     prompt_column: str | None = Field(
         default=None,

@@ -837,6 +837,10 @@ def _integer(low: int, high: int | None = None) -> Callable[[str, Any], int]:
     return check
 
 
+def _max_tokens(name: str, value: Any) -> int:
+    return 0 if type(value) is int and value == 0 else _integer(1)(name, value)  # 0 may go with echo
+
+
 _top_k_as_given = _integer(-1, MAX_COUNT)
 
 
@@ -1044,7 +1048,7 @@ _GRAMMARS: dict[str, Callable[[str, Any], Grammar | None]] = {
 
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "model": _text,
-    "max_tokens": _integer(0),
+    "max_tokens": _max_tokens,
     "max_completion_tokens": _integer(1),
     "min_tokens": _integer(0, MAX_COUNT),
     "temperature": _number(0, 2),
