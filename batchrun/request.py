@@ -49,8 +49,9 @@ class Grammar(NamedTuple):
 
     Attributes:
         kind: `json` (a JSON schema), `regex`, `choice` (a list of texts in JSON), `grammar` (Lark or GBNF), or `tools`
-            (calls of some functions, in JSON). What depends on how a model writes a chat (`chat.ChatReader.in_chat`) is
-            `calls`, as this model writes them, and `thought`, another grammar behind a thought.
+            (calls of some functions, or `otherwise` JSON by a schema, in JSON). What depends on how a model writes a
+            chat (`chat.ChatReader.in_chat`) is `calls`, as this model writes them, and `thought`, another grammar
+            behind a thought.
         text: in the words of its kind.
     """
 

@@ -515,6 +515,12 @@ def _translate(endpoint: Endpoint, found: dict[str, Any]) -> dict[str, Any]:
     if "add_special_tokens" in found:
         for_template["add_special_tokens"] = found.pop("add_special_tokens")
     _one_grammar(found, calls)
+    if found.get("tool_choice") is ToolChoice.AUTO and found.get("grammar_field") == "response_format":
+        # It is about what is said besides calls, which the answer may be instead.
+        functions = [[tool["function"]["name"], {"type": "object"}] for tool in for_template["tools"]]
+        many, otherwise = found.get("parallel_tool_calls", True), orjson.loads(found["grammar"].text)
+        wanted = {"tools": functions, "many": many, "otherwise": otherwise}
+        found["grammar"] = Grammar("tools", orjson.dumps(wanted).decode())
     return for_template
 
 
