@@ -22,6 +22,7 @@ _MISTRAL_NAMED = re.compile(r"\s*([\w.-]+)(?:\[CALL_ID\][^\[{]*)?\[ARGS\]\s*")
 _PYTHON_TAG = "<|python_tag|>"
 # What may be a special token: a grammar has to ask for it by its id then.
 _MARKS = re.compile("|".join(map(re.escape, (_HERMES, _HERMES_END, _MISTRAL, _MISTRAL_ARGUMENTS))))
+_JSON = re.compile(r'"(?:[^"\\]|\\.)*"|[^"{]+|\{')  # texts, braces, and what stands between them
 # Space in a call is no part of it, so there is no more of it than models write.
 _GUIDANCE = {"whitespace_flexible": False, "key_separator": ": ?", "item_separator": ", ?"}
 
@@ -92,13 +93,17 @@ class ChatReader:
 
     def _in_chat_anew(self, grammar: Grammar, in_thought: bool, has_thought: bool) -> Grammar:
         if grammar.kind == "tools":
-            grammar = self._forced_calls(**json.loads(grammar.text))
+            wanted = json.loads(grammar.text)
+            if "otherwise" in wanted and self._calls is None:  # nor would its calls be read
+                grammar = Grammar("json", json.dumps(wanted["otherwise"], ensure_ascii=False))
+            else:
+                grammar = self._calls_wanted(**wanted)
         if not self.thinks or has_thought:
             return grammar
         thought = {"begin": "" if in_thought else _THINK, "end": _THOUGHT, "optional": not in_thought}
         return Grammar("thought", json.dumps({**thought, "then": grammar}, ensure_ascii=False))
 
-    def _forced_calls(self, tools: list[tuple[str, Any]], many: bool) -> Grammar:
+    def _calls_wanted(self, tools: list[tuple[str, Any]], many: bool, **otherwise: Any) -> Grammar:
         form = self._calls
         if form is None:
             raise UnknownFormat(
@@ -109,9 +114,13 @@ class ChatReader:
         calls = []
         for name, schema in tools:
             before, behind = map(self._pieces, form.call(name))
+            if otherwise:  # a piece that begins as the JSON does would be taken for what is written, to its end
+                before = [
+                    part for piece in before for part in (_JSON.findall(piece) if type(piece) is str else [piece])
+                ]
             guided = {**schema, "x-guidance": {**_GUIDANCE, **schema.get("x-guidance", {})}}
             calls.append([*before, guided, *behind])
-        return Grammar("calls", json.dumps({**pieces, "calls": calls, "many": many}, ensure_ascii=False))
+        return Grammar("calls", json.dumps({**pieces, "calls": calls, "many": many, **otherwise}, ensure_ascii=False))
 
     def _pieces(self, text: str) -> list[str | int]:
         """A text, with the ids of special tokens in place of theirs."""

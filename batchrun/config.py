@@ -272,7 +272,7 @@ def _results_file(name: str) -> str:
 
 
 class InputConfig(_Section):
-    """How rows of a table (Parquet, CSV) become requests, one each. Jobs in JSON lines have no use for it."""
+    """How rows of a table (Parquet, CSV, any JSON lines) become requests, one each. Lines of a job need none of it."""
 
     prompt_column: str | None = Field(
         default=None,
@@ -522,7 +522,10 @@ def _dashes(name: str) -> str:
 
 _SAMPLING_FIELDS = tuple(SamplingConfig.model_fields)
 # Which only a line can ask for.
-_LINE_FIELDS = ("logit_bias", "logprobs", "echo", "n", "tool_choice", "parallel_tool_calls", "grammar")
+_LINE_FIELDS = (
+    *("logit_bias", "logprobs", "prompt_logprobs", "echo", "prompt_only", "n"),
+    *("tool_choice", "parallel_tool_calls", "include_reasoning", "grammar"),
+)
 _said = attrgetter(*_SAMPLING_FIELDS)
 _said_by_line = attrgetter(*_SAMPLING_FIELDS, *_LINE_FIELDS)
 _GENERATION_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "do_sample")

@@ -163,11 +163,18 @@ def _lark(grammar: Grammar) -> str:
 
 
 def _calls(
-    begin: list[str | int], between: list[str | int], end: list[str | int], calls: list[list[Any]], many: bool
+    begin: list[str | int],
+    between: list[str | int],
+    end: list[str | int],
+    calls: list[list[Any]],
+    many: bool,
+    **otherwise: Any,
 ) -> str:
-    """Calls of tools, one at least; each piece of them is a text, the id of a special token, or a JSON schema."""
+    """Calls of tools, one at least; each piece of them is a text, the id of a special token, or a JSON schema.
+    `otherwise` may be a schema of JSON that there may be instead."""
     more = f"({_pieces(between)} call)*" if many else ""
-    return f"start: {_pieces(begin)} call {more} {_pieces(end)}\ncall: " + "\n  | ".join(map(_pieces, calls))
+    instead = "".join(f" | {_schema(schema)}" for schema in otherwise.values())
+    return f"start: {_pieces(begin)} call {more} {_pieces(end)}{instead}\ncall: " + "\n  | ".join(map(_pieces, calls))
 
 
 def _pieces(pieces: Sequence[Any]) -> str:
@@ -181,7 +188,7 @@ def _literal(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _schema(schema: dict[str, Any]) -> str:
+def _schema(schema: dict[str, Any] | bool) -> str:
     return f"%json {json.dumps(schema, ensure_ascii=False)}"
 
 

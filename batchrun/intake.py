@@ -30,6 +30,7 @@ from batchrun.tokenizer import Int32, PromptEncoder, Tokenizer
 from batchrun.tokens import TokenTableBuilder
 
 _NO_TEMPLATE = "the model has no chat template; give one with --chat-template FILE, or use /v1/completions"
+_NOT_IN_EVERY_TEMPLATE = {"reasoning_effort", "documents"}  # fields of a chat that would be lost silently
 # Characters, or token ids, tokenised at once: enough for all cores, and little memory (the tokenizer takes some 100
 # bytes a token for a while).
 _BATCH = 1 << 20
@@ -206,6 +207,10 @@ def _prompts(line: JobLine, tokenizer: Tokenizer) -> Prompts | LineFault:
         return line.prompts or ()
     if not tokenizer.has_chat_template:
         return _invalid(line, _NO_TEMPLATE)
+    for name in _NOT_IN_EVERY_TEMPLATE & (line.template_kwargs or {}).keys():
+        if name not in (tokenizer.chat_template or ""):
+            message = f"{name} is not known to the model's chat template; leave it out"
+            return LineFault(line.number, line.custom_id, "unsupported_field", message, name)
     try:
         return (tokenizer.render_chat(line.messages, line.tools, line.template_kwargs),)
     except ValueError as refusal:
@@ -217,24 +222,30 @@ def _encode(
 ) -> Iterator[list[Int32] | LineFault]:
     """The prompts of each line as token ids."""
     encoded = {}
-    for endpoint in Endpoint:
+    for added in (False, True):
         texts = [
             prompt
             for line, prompts in batch
-            if line.endpoint is endpoint and not isinstance(prompts, LineFault)
+            if _adds_special_tokens(line) is added and not isinstance(prompts, LineFault)
             for prompt in prompts
             if isinstance(prompt, str)
         ]
-        # The template has written the special tokens of a chat.
-        encoded[endpoint] = iter(encoder.encode(texts, add_special_tokens=endpoint is not Endpoint.CHAT))
+        encoded[added] = iter(encoder.encode(texts, add_special_tokens=added))
     for line, prompts in batch:
         if isinstance(prompts, LineFault):
             yield prompts
         else:
             yield [
-                next(encoded[line.endpoint]) if isinstance(prompt, str) else np.array(prompt, dtype=np.int32)
+                next(encoded[_adds_special_tokens(line)])
+                if isinstance(prompt, str)
+                else np.array(prompt, dtype=np.int32)
                 for prompt in prompts
             ]
+
+
+def _adds_special_tokens(line: JobLine) -> bool:
+    """Whether the tokenizer adds its own; those of a chat its template has written."""
+    return line.endpoint is not Endpoint.CHAT if line.add_special_tokens is None else line.add_special_tokens
 
 
 def _truncated(line: JobLine, prompts: list[Int32], spec: ModelSpec) -> list[Int32]:

@@ -22,7 +22,7 @@ from batchrun.devices import DEPTH
 from batchrun.errors import BatchrunError, ExitCode, NothingRunnable, OutputError, RunDirError, UsageError
 from batchrun.execution.collect import LineCollector
 from batchrun.execution.limits import Limits, RequestClock
-from batchrun.execution.logprobs import LogprobTable
+from batchrun.execution.logprobs import LogprobTable, PromptTable
 from batchrun.execution.loop import run_loop
 from batchrun.execution.process import RemoteEngine
 from batchrun.execution.recovery import Recovery
@@ -571,7 +571,7 @@ class Run:
         engine.start(requests, eos_token_ids, plan.budget.page_size, plan.budget.pages, vocabulary)
 
         texts = TextStops(prepared.tokenizer, requests)
-        logprobs = LogprobTable(requests)
+        logprobs, prompts = LogprobTable(requests), PromptTable(requests)
         lines = LineCollector(
             prepared.answers, requests, plan.groups, self.subject.name, sink, prepared.tokenizer, attempts
         )
@@ -579,15 +579,21 @@ class Run:
 
         def on_finished(finished: Finished) -> None:
             nonlocal newly_finished
+            if requests.sampling[requests.sampling_id[finished.request]].prompt_only:
+                finished = replace(finished, token_ids=finished.token_ids[:0], reason=FinishReason.LENGTH, ended=False)
             text, by_text = texts.text(finished)
             reason = FinishReason.STOP if by_text else finished.reason
             timeline.finished(finished)
             prompt_tokens = requests.tokens.span(finished.request).length
             kept = logprobs.take(finished.request, finished.token_ids.size - finished.ended)
-            answers = lines.add(finished, prompt_tokens, text, reason, kept)
+            answers = lines.add(finished, prompt_tokens, text, reason, kept, prompts.take(finished.request))
             self.finish_reasons[reason.value] += answers
             self.answered_prompt_tokens += answers * prompt_tokens
             newly_finished += answers
+
+        def on_output(step: Step, output: StepOutput) -> None:
+            logprobs.add(step, output)
+            prompts.add(output)
 
         def on_step(step: Step, output: StepOutput) -> None:
             nonlocal newly_finished
@@ -604,6 +610,7 @@ class Run:
 
         def fail(request: int, code: str, message: str, attempts: int) -> None:
             logprobs.forget(request)
+            prompts.take(request)
             if failed := lines.fail(request, code, message, attempts=attempts):
                 self.error_codes[code] += failed
 
@@ -623,7 +630,7 @@ class Run:
                 scheduler,
                 engine,
                 on_finished=on_finished,
-                on_output=logprobs.add,
+                on_output=on_output,
                 on_step=on_step,
                 watch=texts.watch,
                 should_stop=lambda: self.observer.should_stop() or self._limit_reached(),

@@ -195,10 +195,10 @@ def _fold(
     own = np.arange(len(asked), dtype=np.int32)
     alike = first_alike(asked, forest, defaulted) if deduplicate else own
     kept = np.flatnonzero(alike == own)
-    if kept.size == own.size:
+    if kept.size == own.size and not asked.scored.any():
         return asked, forest, kept, own
     requests = asked.take(kept)
-    return requests, build_forest(requests.tokens), kept, np.searchsorted(kept, alike).astype(np.int32)
+    return requests, build_forest(requests.tokens, requests.scored), kept, np.searchsorted(kept, alike).astype(np.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,7 +268,7 @@ def _part(prepared: Prepared, most: int) -> tuple[Prepared, npt.NDArray[np.int64
     lines = np.unique(requests.line[inside[of_request]]).astype(np.int64)
     rows = np.flatnonzero(np.isin(requests.line, lines))
     taken = requests.take_lines(lines)
-    plan = make_plan(taken, build_forest(taken.tokens), prepared.cost, prepared.plan.budget, options)
+    plan = make_plan(taken, build_forest(taken.tokens, taken.scored), prepared.cost, prepared.plan.budget, options)
     return replace(prepared, requests=taken, plan=plan), rows
 
 
@@ -393,7 +393,7 @@ def mismatches(lint: JobLint, subject: Subject) -> Warned | None:
     return Warned(
         "model_mismatch",
         sum(others.values()),
-        f"body.model names another model than {subject.name!r} (most often {most!r}), which all lines are run with",
+        f"model names another model than {subject.name!r} (most often {most!r}), which all lines are run with",
     )
 
 

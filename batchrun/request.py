@@ -52,8 +52,9 @@ class Grammar(NamedTuple):
 
     Attributes:
         kind: `json` (a JSON schema), `regex`, `choice` (a list of texts in JSON), `grammar` (Lark or GBNF), or `tools`
-            (calls of some functions, in JSON). What depends on how a model writes a chat (`chat.ChatReader.in_chat`) is
-            `calls`, as this model writes them, and `thought`, another grammar behind a thought.
+            (calls of some functions, or `otherwise` JSON by a schema, in JSON). What depends on how a model writes a
+            chat (`chat.ChatReader.in_chat`) is `calls`, as this model writes them, and `thought`, another grammar
+            behind a thought.
         text: in the words of its kind.
     """
 
@@ -85,10 +86,13 @@ class SamplingParams:
     logprobs: int | None = None  # likeliest tokens to name at each place, beside the one sampled; None: no logprobs
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+    prompt_logprobs: int | None = None  # likeliest tokens to name at each place of the prompt, beside its own
     echo: bool = False  # whether the text begins with the prompt
+    prompt_only: bool = False  # whether the text is the prompt and nothing else; a token is sampled and not told of
     n: int = 1  # answers to a prompt
     tool_choice: ToolChoice | None = None  # whose calls are looked for in the text; None: nobody's
     parallel_tool_calls: bool = True  # whether there may be more than one
+    include_reasoning: bool = True  # whether the result has what the model thought
     grammar: Grammar | None = None  # what the answer must be a text of
 
     @property
@@ -100,6 +104,12 @@ class SamplingParams:
         """Whether the choice of a token depends on those sampled before."""
         penalties = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1
         return bool(penalties or self.grammar) or any(len(word) > 1 for word in self.bad_words)
+
+    @property
+    def scores(self) -> int | None:
+        """Likeliest tokens that are wanted at each place of the prompt; None: no logprobs of it are wanted."""
+        wanted = (self.prompt_logprobs, self.logprobs if self.echo else None)
+        return max((number for number in wanted if number is not None), default=None)
 
     def ends(self, eos_token_ids: Collection[int]) -> tuple[int, ...]:
         """The tokens that end an answer, ascending.
@@ -130,10 +140,13 @@ class LineOptions:
     logprobs: int | None = None  # likeliest tokens to name at each place
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
+    prompt_logprobs: int | None = None
     echo: bool | None = None
+    prompt_only: bool | None = None
     n: int | None = None  # answers to each prompt
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
     grammar: Grammar | None = None
     grammar_field: str | None = None  # the field that has it
     truncate_prompt_tokens: int | None = None  # the last so many tokens of a prompt count; -1: as many as fit
@@ -157,6 +170,7 @@ class JobLine:
     tools: tuple[dict[str, Any], ...] | None = None  # for the chat template, as are the next
     template_kwargs: dict[str, Any] | None = None
     prompts: tuple[str | tuple[int, ...], ...] | None = None
+    add_special_tokens: bool | None = None  # whether the tokenizer adds its own to texts; None: not to a chat's
     model: str | None = None
     unknown_fields: tuple[str, ...] = ()
 
@@ -171,7 +185,7 @@ class LineFault:
         code: `invalid_json_line`, `invalid_row`, `invalid_request`, `duplicate_custom_id`, `unsupported_url`,
             `unsupported_field`, `context_length_exceeded`, `empty_prompt`.
         message: what is wrong with it and what would be right.
-        param: the field at fault (`body.temperature`), or None.
+        param: the field at fault (`temperature`; those of a body are named within it), or None.
     """
 
     number: int
@@ -314,11 +328,12 @@ class Requests:
 
     def for_sampling(self) -> Requests:
         """Only what sampling asks for: all that a worker wants to know, and little to send to it. Prompts are left
-        out where nobody's tokens are penalised, and else empty but for those whose are."""
-        penalised = np.array([s.repetition_penalty != 1 for s in self.sampling], dtype=bool)
+        out where nobody's are looked at, and else empty but for those that are: their tokens are penalised, or
+        their logprobs are wanted."""
+        looked_at = np.array([s.repetition_penalty != 1 or s.scores is not None for s in self.sampling], dtype=bool)
         nothing = TokenTable(self.tokens.ids[:0], np.zeros(1, dtype=np.int64))
         return Requests(
-            tokens=self.tokens.only(penalised[self.sampling_id]) if penalised.any() else nothing,
+            tokens=self.tokens.only(looked_at[self.sampling_id]) if looked_at.any() else nothing,
             line=self.line[:0],
             sampling_id=self.sampling_id,
             sampling=self.sampling,
@@ -329,6 +344,12 @@ class Requests:
             custom_ids=self.custom_ids.take(np.empty(0, dtype=np.int64)),
             endpoints=self.endpoints[:0],
         )
+
+    @property
+    def scored(self) -> npt.NDArray[np.bool_]:
+        """Whether logprobs of the prompt are wanted, bool `[R]`: such a request computes all of it by itself."""
+        scored = [sampling.scores is not None for sampling in self.sampling]
+        return np.asarray(scored, dtype=bool)[self.sampling_id]
 
     @property
     def ignore_eos(self) -> npt.NDArray[np.bool_]:
@@ -411,6 +432,21 @@ class Logprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """Log-probabilities of a prompt's tokens from the second on, each after those before it.
+
+    Attributes:
+        ids: int32 `[tokens]`, the whole prompt.
+        own: of its tokens but the first.
+        ranks: int32 `[tokens - 1]`, their places among all tokens, 1 for the likeliest.
+    """
+
+    ids: npt.NDArray[np.int32]
+    own: Logprobs
+    ranks: npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
 class Result:
     """One answer of a line; `index` is its row in `Answers`."""
 
@@ -420,5 +456,8 @@ class Result:
     finish_reason: FinishReason
     usage: Usage
     logprobs: Logprobs | None = field(default=None, repr=False)
+    prompt: PromptLogprobs | None = field(default=None, repr=False)
+    echo: bool = False  # whether logprobs are to begin with those of the prompt
+    prompt_logprobs: int | None = None  # as in `SamplingParams`
     reasoning: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()

@@ -134,7 +134,7 @@ class Tokenizer:
 
         Args:
             tools: those that the model may call.
-            variables: further ones of the template.
+            variables: further ones of the template, and `add_generation_prompt` and `continue_final_message`.
 
         Raises:
             ValueError: the template does not take these messages; the message says why.
@@ -147,8 +147,7 @@ class Tokenizer:
                 list(messages),
                 tools=list(tools) if tools else None,
                 tokenize=False,
-                add_generation_prompt=True,
-                **(variables or {}),
+                **{"add_generation_prompt": True, **(variables or {})},
             )
         except TemplateSyntaxError as error:
             raise UsageError(

@@ -182,7 +182,7 @@ A line without an id is `line-<number>`. `url` is {endpoints}, line by line; in 
 # What the fields mean that are no settings of [sampling].
 MEANINGS = {
     "model": "Informative; another name than that of `--model` is a warning.",
-    "max_tokens": "Tokens of the answer at most.",
+    "max_tokens": "Tokens of the answer at most; 0 with `echo` alone.",
     "max_completion_tokens": "The same under its newer name; it wins over `max_tokens`.",
     "seed": "Seed of the answer; choice i uses seed + i.",
     "n": "Answers to each prompt; the choices of the first prompt come first.",
@@ -194,11 +194,23 @@ MEANINGS = {
     "tools": "Functions that the model may call: the chat template gets them, and calls in the answer become "
     "`message.tool_calls`.",
     "tool_choice": "`none` is as if there were no `tools`. `required`: the answer is calls of them, one at least; "
-    "with a function's name it is one call of that ([calls of tools](sampling.md#calls-of-tools)).",
+    "with a function's name it is one call of that; `allowed_tools` is about some of them ([calls of "
+    "tools](sampling.md#calls-of-tools)).",
     "parallel_tool_calls": "Whether an answer may call more than one function.",
     "chat_template_kwargs": "Further variables of the chat template.",
+    "reasoning_effort": "The chat template's variable of this name; an error where the template does not have it.",
+    "documents": "As `reasoning_effort`.",
+    "add_generation_prompt": "Of a chat: whether the prompt ends where the assistant begins to speak; it does.",
+    "continue_final_message": "Of a chat: the answer goes on with the last message, and `add_generation_prompt` is "
+    "false.",
+    "include_reasoning": "Whether the result has what the model thought; it does.",
+    "add_special_tokens": "Whether the tokenizer puts its own (BOS, for one) around a text; around a completion's "
+    "it does, as the template of a chat has written them.",
     "top_logprobs": "Of a chat with `logprobs`: likeliest tokens to name at each place.",
-    "echo": "Of a completion: its text begins with the prompt. Not together with `logprobs`.",
+    "echo": "Of a completion: its text begins with the prompt, and `logprobs` with those of the prompt; with "
+    "`max_tokens` 0 there is nothing else.",
+    "prompt_logprobs": "Likeliest tokens to name at each place of the prompt, beside its own ([logprobs]"
+    "(sampling.md#logprobs)).",
     "response_format": "What the answer must be: with `json_schema` JSON by its `schema`, with `json_object` any "
     "object ([structured outputs](sampling.md#structured-outputs)).",
     "structured_outputs": "vLLM's name for it, with one of `json` (a schema), `regex`, `choice` (a list of texts), "

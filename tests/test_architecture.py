@@ -122,6 +122,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "workloads",
     },
     "cli": {"errors"},
+    "__main__": {"cli"},
 }
 # What may be imported besides inside functions (to keep the start light), and for type checking alone.
 LATER: dict[str, set[str]] = {

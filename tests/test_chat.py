@@ -119,8 +119,11 @@ TEMPLATE = (
     "{%- for tool in tools or [] %}tool {{ tool.function.name }} <tool_call>\n{%- endfor %}"
     "{%- for message in messages %}{{ message.role }}: {{ message.content }}"
     "{%- for call in message.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{%- endfor %}"
+    "{%- if message.reasoning_content %} ({{ message.reasoning_content }}){% endif %}"
     "{{ '\\n' }}"
-    "{%- endfor %}assistant:{{ '<think>' if think else '' }}{# </think> #}"
+    "{%- endfor %}{%- for document in documents or [] %}{{ document.text }}{{ '\\n' }}{%- endfor %}"
+    "{%- if reasoning_effort %}effort {{ reasoning_effort }}{{ '\\n' }}{%- endif %}"
+    "{%- if add_generation_prompt %}assistant:{{ '<think>' if think else '' }}{%- endif %}{# </think> #}"
 )
 
 
@@ -154,7 +157,13 @@ def test_tools_and_variables_reach_the_template(run, model_dir):
         "variables": "user: What time is it?\nassistant:<think>",
         "turns": 'user: What time is it?\nassistant: <tool_call>{"name": "clock", "arguments": {"zone": "UTC"}}'
         "</tool_call>\ntool: noon\nassistant:",
+        "thought": "user: What time is it?\nassistant: Noon. (Hm.)\nuser: What time is it?\nassistant:",
+        "goes on": "user: What time is it?\nassistant: It is",
+        "no prompt": "user: What time is it?\n",
+        "effort": "user: What time is it?\neffort low\nassistant:",
+        "documents": "user: What time is it?\nNoon is at twelve.\nassistant:",
     }
+    thought = {"role": "assistant", "content": "Noon.", "reasoning_content": "Hm."}
     messages = [
         user,
         {"role": "assistant", "content": None, "tool_calls": [call]},
@@ -167,6 +176,23 @@ def test_tools_and_variables_reach_the_template(run, model_dir):
             {"id": "none", "messages": [user], "tools": [TOOL], "tool_choice": "none", **greedy},
             {"id": "variables", "messages": [user], "chat_template_kwargs": {"think": True}, **greedy},
             {"id": "turns", "messages": messages, **greedy},
+            {"id": "thought", "messages": [user, thought, user], **greedy},
+            {
+                "id": "goes on",
+                "messages": [user, {"role": "assistant", "content": "It is"}],
+                "continue_final_message": True,
+                **greedy,
+            },
+            {"id": "no prompt", "messages": [user], "add_generation_prompt": False, **greedy},
+            {"id": "effort", "messages": [user], "reasoning_effort": "low", **greedy},
+            {"id": "documents", "messages": [user], "documents": [{"text": "Noon is at twelve."}], **greedy},
+            {
+                "id": "kept back",
+                "messages": [user],
+                "chat_template_kwargs": {"think": True},
+                "include_reasoning": False,
+                **greedy,
+            },
             *(
                 {"id": f"text {name}", "prompt": tokenizer.encode(text, add_special_tokens=False), **greedy}
                 for name, text in rendered.items()
@@ -183,6 +209,11 @@ def test_tools_and_variables_reach_the_template(run, model_dir):
         assert (message.content, chat["choices"][0]["message"].get("reasoning_content")) == (
             ("", said.strip("\n")) if name == "variables" else (said, None)
         )
+    assert found["kept back"]["choices"][0]["message"] == {"role": "assistant", "content": ""}
+    assert found["kept back"]["usage"] == {
+        **found["variables"]["usage"],
+        "prompt_tokens_details": found["kept back"]["usage"]["prompt_tokens_details"],
+    }
     errors = {name: found[name]["error"] for name in ("taken", "odd")}
     assert {name: (error["code"], error["param"]) for name, error in errors.items()} == {
         "taken": ("invalid_request", "chat_template_kwargs.tokenize"),

@@ -704,3 +704,8 @@ def test_a_job_on_standard_input(command, sound_job, here):
     assert other.exit_code == ExitCode.RUN_DIR
     assert (here / "out.run" / "job.jsonl").read_bytes() == sound_job.read_bytes()
     assert not list((here / "out.run").glob(".*"))
+
+
+def test_the_package_is_the_command_too():
+    done = subprocess.run([sys.executable, "-m", "batchrun", "--version"], capture_output=True, text=True, check=True)
+    assert batchrun.__version__ in done.stdout

@@ -241,11 +241,13 @@ def test_everything_a_line_says_arrives():
         logprobs=4,
         include_stop_str_in_output=True,
         skip_special_tokens=False,
+        prompt_logprobs=3,
         echo=True,
+        prompt_only=True,
         n=2,
     )
     assert resolve_sampling(options, SILENT, {}, False) == SamplingParams(
-        1.0, 0.5, 3, 0.1, ("a",), (4,), True, 2, 1.0, -1.5, 1.2, ((3, 1.0),), (), 4, True, False, True, 2
+        1.0, 0.5, 3, 0.1, ("a",), (4,), True, 2, 1.0, -1.5, 1.2, ((3, 1.0),), (), 4, True, False, 3, True, True, 2
     )
 
 

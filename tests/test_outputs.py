@@ -167,3 +167,78 @@ def test_what_the_text_has(run, reference):
     assert texts(found["short"]) == texts(found["short too"])
     assert found["short"]["usage"]["prompt_tokens"] == 7
     assert found["fits"]["usage"]["prompt_tokens"] == 512 - 12
+
+
+def scored(model: Any, ids: Any) -> torch.Tensor:
+    """Logprobs of all tokens at each place of a prompt but the first, `[tokens - 1, vocabulary]`."""
+    with torch.no_grad():
+        return model(ids).logits[0, :-1].float().log_softmax(-1)
+
+
+@pytest.mark.parametrize("pieces", [False, True], ids=["whole steps", "steps in pieces"])
+def test_logprobs_of_prompts_are_those_of_the_model_whatever_else_is_run(run, reference, pieces, monkeypatch):
+    model, tokenizer = reference
+    if pieces:
+        monkeypatch.setattr("batchrun.engine.scores._AT_ONCE", 3 * model.config.vocab_size)
+    prompts = [*PROMPTS, PROMPTS[0], " ".join(PROMPTS * 4)]  # the last one is computed in parts
+    wanted = [i % 3 for i in range(len(prompts))]
+    lines = [
+        {"id": str(i), "prompt": prompt, **GREEDY, "prompt_logprobs": wanted[i]} for i, prompt in enumerate(prompts)
+    ]
+    lines += [{"id": f"plain {i}", "prompt": prompt, **GREEDY} for i, prompt in enumerate(prompts)]
+    lines += [{"id": "one token", "prompt": [40], **GREEDY, "prompt_logprobs": 1}]
+    lines += [
+        {"id": "chat", "messages": [{"role": "user", "content": "apple"}], **GREEDY, "prompt_logprobs": 1, "n": 2}
+    ]
+    found = run(lines)
+    for i, prompt in enumerate(prompts):
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        expected = scored(model, ids)
+        places = found[str(i)]["choices"][0]["prompt_logprobs"]
+        assert places[0] is None and len(places) == ids.shape[1]
+        for place, token_id, values in zip(places[1:], ids[0, 1:].tolist(), expected, strict=True):
+            assert next(iter(place)) == str(token_id)
+            assert wanted[i] <= len(place) <= wanted[i] + 1
+            for key, told in place.items():
+                assert told["logprob"] == pytest.approx(float(values[int(key)]), abs=1e-4)
+                assert told["rank"] == 1 + int((values > values[int(key)]).sum())
+                assert told["decoded_token"] in tokenizer.decode([40, int(key)])
+            assert {told["rank"] for told in place.values()} >= set(range(1, wanted[i] + 1))
+        assert texts(found[str(i)]) == texts(found[f"plain {i}"])
+        assert "prompt_logprobs" not in found[f"plain {i}"]["choices"][0]
+    assert found["one token"]["choices"][0]["prompt_logprobs"] == [None]
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "apple"}], add_generation_prompt=True)["input_ids"]
+    assert len(found["chat"]["prompt_logprobs"]) == len(ids)
+    assert found["0"]["usage"]["prompt_tokens_details"]["cached_tokens"] == 0  # what is shared has no logprobs
+
+
+def test_echo_with_logprobs_scores_the_prompt(run, reference):
+    model, tokenizer = reference
+    lines = [
+        {"id": str(i), "prompt": prompt, **GREEDY, "logprobs": i, "echo": True} for i, prompt in enumerate(PROMPTS)
+    ]
+    lines += [{**line, "id": f"only {line['id']}", "max_tokens": 0} for line in lines]
+    lines += [{"id": "unscored", "prompt": PROMPTS[0], "echo": True, "max_tokens": 0}]
+    found = run(lines)
+    for i, prompt in enumerate(PROMPTS):
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        expected = scored(model, ids)
+        own = expected.gather(1, ids[0, 1:, None])[:, 0].tolist()
+        whole, only = (found[key]["choices"][0] for key in (str(i), f"only {i}"))
+        size = ids.shape[1]
+        assert (only["text"], only["finish_reason"], len(only["logprobs"]["tokens"])) == (prompt, "length", size)
+        assert found[f"only {i}"]["usage"]["completion_tokens"] == 0
+        assert whole["text"].startswith(prompt)
+        assert len(whole["logprobs"]["tokens"]) == size + 12
+        for choice in (whole, only):
+            logprobs = choice["logprobs"]
+            assert logprobs["token_logprobs"][0] is None and logprobs["top_logprobs"][0] is None
+            assert logprobs["token_logprobs"][1:size] == pytest.approx(own, abs=1e-4)
+            assert "".join(logprobs["tokens"][:size]) == prompt
+            assert logprobs["text_offset"][:2] == [0, len(logprobs["tokens"][0])]
+            assert len({len(column) for column in logprobs.values()}) == 1
+            for top, values in zip(logprobs["top_logprobs"][1:size], expected, strict=True):
+                best = values.sort(descending=True).values[:i].tolist()
+                assert sorted(top.values(), reverse=True)[: len(best)] == pytest.approx(best[: len(top)], abs=1e-4)
+    assert texts(found["unscored"]) == [PROMPTS[0]]
+    assert found["unscored"]["choices"][0]["logprobs"] is None

@@ -219,3 +219,46 @@ def test_one_call_where_calls_are_not_to_be_parallel(tool_model, tmp_path):
     count = {name: len(only_choice(body).message.tool_calls) for name, body in found.items()}
     assert count == {"many": 2, "one": 1}
     assert {only_choice(body).finish_reason for body in found.values()} == {"tool_calls"}
+
+
+@pytest.mark.parametrize("template", ["hermes", "llama", "mistral", "unknown"])
+def test_an_answer_in_a_format_may_be_calls_instead(tool_model, tmp_path, template):
+    """What the model would write does not matter: it is pushed towards calls, or away from them."""
+    model = tool_model(True)
+    schema = {"type": "object", "properties": {"zone": {"enum": ["UTC"]}}, "required": ["zone"]}
+    schema |= {"additionalProperties": False, "x-guidance": {"whitespace_flexible": False}}
+    # What only calls have, where the two differ first.
+    begins = {"hermes": "<tool_call>", "mistral": "[TOOL_CALLS]", "llama": "n"}.get(template)
+    away = "z" if template == "llama" else "{"
+    how = {
+        "tools": ASKED,
+        "response_format": {"type": "json_schema", "json_schema": {"name": "zone", "schema": schema}},
+        "max_tokens": 250,
+        "temperature": 1,
+        "parallel_tool_calls": False,
+    }
+    lines = [
+        {
+            "id": f"{i} {bias}",
+            **how,
+            "seed": i,
+            "logit_bias": {token_id(model, begins): bias, token_id(model, away): -bias},
+        }
+        if begins
+        else {"id": f"{i} 0", **how, "seed": i}
+        for i in range(6)
+        for bias in (-100, 100)[: 2 if begins else 1]
+    ]
+    found = run(model, template, tmp_path, lines)
+    kinds = set()
+    for name, body in found.items():
+        choice = only_choice(body)
+        if choice.finish_reason == "length":
+            continue
+        kinds.add((name.split()[1], choice.finish_reason))
+        if choice.finish_reason == "tool_calls":
+            assert choice.message.tool_calls[0].function.name in SCHEMAS
+            assert isinstance(json.loads(choice.message.tool_calls[0].function.arguments), dict)
+        else:
+            Draft202012Validator(schema).validate(json.loads(choice.message.content))
+    assert kinds == ({("-100", "stop"), ("100", "tool_calls")} if begins else {("0", "stop")})

@@ -17,8 +17,9 @@ from batchrun.engine.kv_cache import KVCache, PageTables
 from batchrun.engine.masks import Masks
 from batchrun.engine.model import LoadedModel
 from batchrun.engine.sampler import Sampled, Sampler, concat_sampled
+from batchrun.engine.scores import PromptScores, ScoredRows, score
 from batchrun.request import Requests, SamplingParams, TextColumn
-from batchrun.schedule.step import PastTokens, PrefixReads, Step, StepLogprobs, StepOutput
+from batchrun.schedule.step import PastTokens, PrefixReads, Step, StepLogprobs, StepOutput, StepScores
 from batchrun.tokens import TokenTable
 
 # Steps of decodes alone are padded to one of these, so that a graph captured for so many rows can be replayed; in steps
@@ -37,6 +38,7 @@ class _UnderWay:
     padded_rows: int
     parts: int
     stuck: dict[int, str]
+    scores: list[tuple[ScoredRows, list[Callable[[], npt.NDArray[Any]]]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,7 @@ class _Part:
     stuck: dict[int, str]
     rows: int
     samples: int
+    scored: tuple[ScoredRows, tuple[torch.Tensor, ...]] | None
 
 
 class TorchWorker:
@@ -81,6 +84,7 @@ class TorchWorker:
         self._device = device or make_device(model.device)
         self._device.keep_memory()
         self._sampler = Sampler(requests, eos_token_ids, model.device)
+        self._scores = PromptScores(requests)
         self._masks = Masks(requests, vocabulary, eos_token_ids) if vocabulary is not None else None
         self._tables = PageTables(page_size)
         self._kv_cache: KVCache | None = KVCache(
@@ -103,15 +107,19 @@ class TorchWorker:
         stop = self._device.start_clock()
         self._tables.apply(step)
         with torch.inference_mode():
-            parts = self._run(step)
+            pieces = list(self._scores.pieces(step, self._model.vocab_size))
+            parts = [part for piece in pieces for part in self._run(piece)]
             sampled = concat_sampled([part.sampled for part in parts])
             self._sampled = sampled.token_ids
             token_ids = self._device.download(self._sampled)
             logprobs = [self._device.download(column) for column in sampled.logprobs or ()]
+            scores = [(rows, [self._device.download(c) for c in found]) for rows, found in _scored(parts)]
         rows = sum(part.rows for part in parts)
         first = np.cumsum([part.samples for part in parts]) - [part.samples for part in parts]
         stuck = {int(at) + row: why for at, part in zip(first, parts, strict=True) for row, why in part.stuck.items()}
-        self._under_way.append(_UnderWay(step, token_ids, logprobs, stop(), rows - step.num_rows, len(parts), stuck))
+        too_large = len(parts) - len(pieces) + 1  # for memory, that is
+        under_way = _UnderWay(step, token_ids, logprobs, stop(), rows - step.num_rows, too_large, stuck, scores)
+        self._under_way.append(under_way)
 
     def _run(self, step: Step) -> list[_Part]:
         """Run a step, in parts where there is not enough memory to run it at once."""
@@ -132,16 +140,29 @@ class TorchWorker:
         requests = step.request[step.samples]
         past = PastTokens(step.past.length[step.samples], step.past.token_ids) if step.past is not None else None
         sampling = self._sampler.prepare(requests, step.num_sampled[step.samples], self._model.vocab_size, past)
-        tensors = self._device.upload({**batch.arrays, **sampling.arrays})
+        scored = self._scores.rows(step)
+        arrays: dict[str, npt.NDArray[Any]] = {**batch.arrays, **sampling.arrays}
+        if scored is not None:  # a step that is padded has no such rows
+            wanted = np.append(arrays["sample_index"], scored.row)
+            order = np.argsort(wanted)  # kernels want them so
+            arrays["sample_index"] = wanted[order]
+            arrays["of_samples"], arrays["of_scores"] = np.split(np.argsort(order), [requests.size])
+            arrays["scored_token"] = scored.token
+        tensors = self._device.upload(arrays)
         batch.bind(tensors, self._sampled)
-        logits = self._logits(batch, self._kv_cache)[: requests.size]
+        logits = self._logits(batch, self._kv_cache)
+        scores = None
+        if scored is not None:
+            scores = scored, score(logits[tensors["of_scores"]], tensors["scored_token"], scored.alternatives)
+            logits = logits[tensors["of_samples"]]
+        logits = logits[: requests.size]
         mask: tuple[torch.Tensor, torch.Tensor] | None = None
         stuck: dict[int, str] = {}
         if finding is not None:
             found = finding.result()
             mask, stuck = (self._device.send(found.rows), self._device.send(found.bits)), found.stuck
         sampled = self._sampler.sample(logits, sampling, tensors, self._sampled, mask)
-        return _Part(sampled, stuck, batch.num_rows, requests.size)
+        return _Part(sampled, stuck, batch.num_rows, requests.size, scores)
 
     def collect(self) -> StepOutput:
         done = self._under_way.popleft()
@@ -153,7 +174,16 @@ class TorchWorker:
             rows = self._sampler.logprob_rows(requests)
             logprobs = StepLogprobs(rows, sampled, top_ids.astype(np.int32), top)
         ended = self._sampler.ended(requests, token_ids)
-        return StepOutput(token_ids, ended, done.seconds(), done.padded_rows, done.parts, logprobs, done.stuck)
+        return StepOutput(
+            token_ids,
+            ended,
+            done.seconds(),
+            done.padded_rows,
+            done.parts,
+            logprobs,
+            _step_scores([(rows, [column() for column in columns]) for rows, columns in done.scores]),
+            done.stuck,
+        )
 
     def close(self) -> None:
         if self._masks is not None:
@@ -191,6 +221,29 @@ class TorchWorker:
         )
         windows: list[int | None] = []
         return lambda step: TritonBatch(step, self._tables, attention, windows, _padded_rows(step))
+
+
+def _scored(parts: list[_Part]) -> list[tuple[ScoredRows, tuple[torch.Tensor, ...]]]:
+    return [part.scored for part in parts if part.scored is not None]
+
+
+def _step_scores(found: list[tuple[ScoredRows, list[npt.NDArray[Any]]]]) -> StepScores | None:
+    """The scores of the parts of a step as one."""
+    if not found:
+        return None
+    width = max(rows.alternatives for rows, _ in found)
+
+    def padded(column: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return np.pad(column, ((0, 0), (0, width - column.shape[1])))
+
+    return StepScores(
+        request=np.concatenate([rows.request for rows, _ in found]),
+        place=np.concatenate([rows.place for rows, _ in found]),
+        own=np.concatenate([own for _, (own, _, _, _) in found]),
+        rank=np.concatenate([rank for _, (_, rank, _, _) in found]).astype(np.int32),
+        top_ids=np.concatenate([padded(ids) for _, (_, _, ids, _) in found]).astype(np.int32),
+        top=np.concatenate([padded(top) for _, (_, _, _, top) in found]),
+    )
 
 
 def _padded_rows(step: Step) -> int | None:

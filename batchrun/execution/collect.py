@@ -12,7 +12,18 @@ from batchrun.chat import ChatReader
 from batchrun.formats.results import result_line, unrun_line
 from batchrun.formats.rundir import ResultSink
 from batchrun.prefix.groups import PrefixGroups
-from batchrun.request import ENDPOINTS, Answers, Endpoint, FinishReason, Logprobs, Requests, Result, ToolChoice, Usage
+from batchrun.request import (
+    ENDPOINTS,
+    Answers,
+    Endpoint,
+    FinishReason,
+    Logprobs,
+    PromptLogprobs,
+    Requests,
+    Result,
+    ToolChoice,
+    Usage,
+)
 from batchrun.schedule.scheduler import Finished
 from batchrun.tokenizer import Tokenizer
 
@@ -50,14 +61,22 @@ class LineCollector:
         self._failed: set[int] = set()
 
     def add(
-        self, finished: Finished, prompt_tokens: int, text: str, reason: FinishReason, logprobs: Logprobs | None = None
+        self,
+        finished: Finished,
+        prompt_tokens: int,
+        text: str,
+        reason: FinishReason,
+        logprobs: Logprobs | None = None,
+        prompt: PromptLogprobs | None = None,
     ) -> int:
         """Give an answer to all lines that ask for it; returns how often it was asked for."""
         rows = self._rows(finished.request)
+        sampling = self._requests.sampling[self._requests.sampling_id[finished.request]]
+        of_prompt = {"prompt": prompt, "echo": sampling.echo, "prompt_logprobs": sampling.prompt_logprobs}
         for row in rows:
             cached = finished.cached_tokens if row == rows[0] else prompt_tokens
             usage = Usage(prompt_tokens, cached, finished.token_ids.size)
-            result = Result(row, text, finished.token_ids, reason, usage, logprobs)
+            result = Result(row, text, finished.token_ids, reason, usage, logprobs, **of_prompt)
             if ENDPOINTS[self._answers.endpoints[self._answers.line[row]]] is Endpoint.CHAT:
                 result = self._taken_apart(finished, result)
             self._add(result)
@@ -96,7 +115,8 @@ class LineCollector:
         reason = result.finish_reason
         if calls and reason is FinishReason.STOP and choice is not ToolChoice.NAMED:  # as at OpenAI's
             reason = FinishReason.TOOL_CALLS
-        return replace(result, text=read.content, reasoning=read.reasoning, tool_calls=calls, finish_reason=reason)
+        thought = read.reasoning if sampling.include_reasoning else None
+        return replace(result, text=read.content, reasoning=thought, tool_calls=calls, finish_reason=reason)
 
     def _rows(self, request: int) -> list[int]:
         rows: list[int] = self._by_request[self._begin[request] : self._begin[request + 1]].tolist()

@@ -1,11 +1,11 @@
-"""Keeps the logprobs of answers under way, until they are whole."""
+"""Keeps the logprobs of answers under way, and of their prompts, until they are whole."""
 
 from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
 
-from batchrun.request import Logprobs, Requests
+from batchrun.request import Logprobs, PromptLogprobs, Requests
 from batchrun.schedule.step import Step, StepOutput
 
 _FIRST_ROOM = 16  # answers, and tokens of each
@@ -84,3 +84,50 @@ class LogprobTable:
             grown = np.empty((rows, columns, *old.shape[2:]), dtype=old.dtype)
             grown[: old.shape[0], : old.shape[1]] = old
             setattr(self, name, grown)
+
+
+class PromptTable:
+    """Logprobs of the prompts under way whose are wanted.
+
+    Args:
+        requests: whose sampling says how many alternatives each wants.
+    """
+
+    def __init__(self, requests: Requests) -> None:
+        self._requests = requests
+        self._under_way: dict[int, PromptLogprobs] = {}
+
+    def add(self, output: StepOutput) -> None:
+        """Take the logprobs of a step; of a token that is computed again the last count."""
+        found = output.scores
+        if found is None:
+            return
+        edges = np.flatnonzero(np.diff(found.request)) + 1
+        for begin, end in zip([0, *edges.tolist()], [*edges.tolist(), found.request.size], strict=True):
+            request = int(found.request[begin])
+            if request not in self._under_way:
+                self._under_way[request] = self._empty(request)
+            kept, width = self._under_way[request], found.top.shape[1]
+            places = found.place[begin:end] - 1
+            kept.own.sampled[places], kept.ranks[places] = found.own[begin:end], found.rank[begin:end]
+            width = min(width, kept.own.top.shape[1])
+            kept.own.top_ids[places, :width] = found.top_ids[begin:end, :width]
+            kept.own.top[places, :width] = found.top[begin:end, :width]
+
+    def take(self, request: int) -> PromptLogprobs | None:
+        """The logprobs of a prompt, which are then forgotten; None where none are wanted."""
+        requests = self._requests
+        if requests.sampling[requests.sampling_id[request]].scores is None:
+            return None
+        return self._under_way.pop(request, None) or self._empty(request)
+
+    def _empty(self, request: int) -> PromptLogprobs:
+        requests = self._requests
+        ids, width = requests.tokens[request], requests.sampling[requests.sampling_id[request]].scores or 0
+        count = ids.size - 1
+        own = Logprobs(
+            np.zeros(count, dtype=np.float32),
+            np.zeros((count, width), dtype=np.int32),
+            np.zeros((count, width), dtype=np.float32),
+        )
+        return PromptLogprobs(ids, own, np.zeros(count, dtype=np.int32))

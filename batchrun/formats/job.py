@@ -327,7 +327,7 @@ def lint_job(source: JobSource, limit: int | None = None) -> JobLint:
 
 
 class _Fault(Exception):
-    """Leaves the checking of a line at its first fault; `param` is relative to the body inside a body."""
+    """Leaves the checking of a line at its first fault; inside a body `param` is relative to it, as at OpenAI's."""
 
     def __init__(self, code: str, param: str | None, message: str) -> None:
         super().__init__(message)
@@ -361,7 +361,6 @@ def _read_line(
     number: int, line: bytes, first_line: Callable[[str, int], int], where: Callable[[int], str]
 ) -> JobLine | LineFault:
     custom_id = f"line-{number}"
-    prefix = ""
     try:
         row = _parse(line)
         is_openai = "body" in row or "url" in row or "method" in row
@@ -375,14 +374,12 @@ def _read_line(
         if is_openai:
             endpoint, body = _openai_form(row, unknown)
             hints = _hints("batchrun", row.get("batchrun"), unknown)
-            prefix = "body."
         else:
             endpoint, body = _plain_form(row)
             hints = {}
         content, options, said = _read_body(endpoint, body, hints, unknown)
     except _Fault as fault:
-        param = prefix + fault.param if fault.param else None
-        return LineFault(number, custom_id, fault.code, str(fault), param)
+        return LineFault(number, custom_id, fault.code, str(fault), fault.param)
     messages, prompts = (content, None) if endpoint is Endpoint.CHAT else (None, content)
     # By place: by name it would take three times as long.
     return JobLine(
@@ -394,6 +391,7 @@ def _read_line(
         said.tools,
         said.template_kwargs,
         prompts,
+        said.add_special_tokens,
         said.model,
         (*unknown, *said.unknown_fields),
     )
@@ -473,6 +471,7 @@ class _Said(NamedTuple):
     model: str | None
     tools: tuple[dict[str, Any], ...] | None
     template_kwargs: dict[str, Any] | None
+    add_special_tokens: bool | None
     unknown_fields: tuple[str, ...]
 
 
@@ -535,8 +534,6 @@ def _check_fields(endpoint: Endpoint, body: dict[str, Any]) -> _Said:
         elif (neutral := _NOT_BUILT.get(name)) is not None:
             if not _is_one_of(value, neutral):
                 message = f"{name} is not supported yet; leave it out (it is {_shown(value)})"
-                if name == "prompt_logprobs":
-                    message = f"{name} is not supported: {_NO_PROMPT_LOGPROBS}"
                 raise _Fault("unsupported_field", name, message)
         elif name == "batchrun":
             hints = _hints(name, value, unknown)
@@ -545,6 +542,8 @@ def _check_fields(endpoint: Endpoint, body: dict[str, Any]) -> _Said:
     model = found.pop("model", None)
     if (max_completion_tokens := found.pop("max_completion_tokens", None)) is not None:
         found["max_tokens"] = max_completion_tokens
+    if found.get("max_tokens") == 0 and not found.get("echo"):
+        raise _invalid("max_tokens", 0, "an integer of at least 1, or 0 with echo")
     for_template: dict[str, Any] = {}
     if not _TRANSLATED.isdisjoint(found):
         for_template = _translate(endpoint, found)
@@ -559,6 +558,7 @@ def _check_fields(endpoint: Endpoint, body: dict[str, Any]) -> _Said:
         model,
         for_template.get("tools"),
         for_template.get("chat_template_kwargs"),
+        for_template.get("add_special_tokens"),
         tuple(unknown),
     )
 
@@ -570,23 +570,50 @@ def _translate(endpoint: Endpoint, found: dict[str, Any]) -> dict[str, Any]:
     calls = None
     if endpoint is Endpoint.CHAT:
         _chat_logprobs(found)
-        for_template = {name: found.pop(name) for name in _FOR_TEMPLATE if name in found}
+        for_template = {name: found.pop(name) for name in ("tools", "chat_template_kwargs") if name in found}
         calls = _tool_use(found, for_template)
-    elif found.get("echo") and found.get("logprobs") is not None:
-        message = "echo with logprobs asks for logprobs of the prompt; " + _NO_PROMPT_LOGPROBS
-        raise _Fault("unsupported_field", "echo", message)
+        arguments = _template_arguments(found)
+        if arguments:
+            for_template["chat_template_kwargs"] = {**for_template.get("chat_template_kwargs", {}), **arguments}
+    elif found.get("max_tokens") == 0:  # the prompt alone is looked at
+        found |= {"max_tokens": 1, "prompt_only": True}
+    if "add_special_tokens" in found:
+        for_template["add_special_tokens"] = found.pop("add_special_tokens")
     _one_grammar(found, calls)
+    if found.get("tool_choice") is ToolChoice.AUTO and found.get("grammar_field") == "response_format":
+        # It is about what is said besides calls, which the answer may be instead.
+        functions = [[tool["function"]["name"], {"type": "object"}] for tool in for_template["tools"]]
+        many, otherwise = found.get("parallel_tool_calls", True), orjson.loads(found["grammar"].text)
+        wanted = {"tools": functions, "many": many, "otherwise": otherwise}
+        found["grammar"] = Grammar("tools", orjson.dumps(wanted).decode())
     return for_template
+
+
+def _template_arguments(found: dict[str, Any]) -> dict[str, Any]:
+    """What a chat says of its prompt by fields of their own, as the chat template gets it."""
+    arguments = {name: found.pop(name) for name in _ARGUMENT_FIELDS if name in found}
+    if arguments.get("continue_final_message"):
+        if arguments.get("add_generation_prompt"):
+            raise _invalid("add_generation_prompt", True, "false where continue_final_message is true")
+        arguments["add_generation_prompt"] = False
+    return arguments
 
 
 def _tool_use(found: dict[str, Any], for_template: dict[str, Any]) -> Grammar | None:
     """Put whether a chat may call tools, or must, under the names that options have; returns the calls that it must
     make."""
-    choice: str | _Named = found.pop("tool_choice", "auto")
+    choice: str | _Named | _Allowed = found.pop("tool_choice", "auto")
     parallel = found.pop("parallel_tool_calls", True)
     if choice == "none":
         for_template.pop("tools", None)
     tools = for_template.get("tools", ())
+    if isinstance(choice, _Allowed):
+        tools = tuple(tool for tool in tools if tool["function"]["name"] in choice.names)
+        if missing := choice.names - {tool["function"]["name"] for tool in tools}:
+            raise _invalid("tool_choice.allowed_tools.tools", min(missing), "names of some of the tools")
+        choice = choice.mode
+        if choice == "auto":  # a model calls freely only what it was told of
+            for_template["tools"] = tools
     if tools and not parallel:
         found["parallel_tool_calls"] = False
     if choice == "required" or isinstance(choice, _Named):
@@ -723,7 +750,7 @@ def _message(path: str, message: Any, unknown: list[str]) -> dict[str, Any]:
     for name, value in message.items():
         if name in _MESSAGE_FIELDS or value is None or value in ([], {}):
             continue
-        if name == "tool_calls" and role == "assistant":
+        if role == "assistant" and (name == "tool_calls" or name in _THOUGHTS):
             continue
         if name in ("tool_calls", "function_call", "audio"):
             raise _Fault("unsupported_field", f"{path}.{name}", f"{path}.{name} is not supported yet")
@@ -735,6 +762,8 @@ def _message(path: str, message: Any, unknown: list[str]) -> dict[str, Any]:
     read["content"] = "" if calls and content is None else _content(f"{path}.content", content)
     if calls:
         read["tool_calls"] = _tool_calls(f"{path}.tool_calls", calls)
+    if role == "assistant" and (name := next((n for n in _THOUGHTS if message.get(n) is not None), None)) is not None:
+        read["reasoning_content"] = _text(f"{path}.{name}", message[name])
     for name in ("name", "tool_call_id"):
         if (value := message.get(name)) is not None:
             read[name] = _text(f"{path}.{name}", value)
@@ -767,6 +796,8 @@ def _tools(name: str, value: Any) -> tuple[dict[str, Any], ...]:
     if type(value) is not list:
         raise _invalid(name, value, "a list of functions")
     for i, tool in enumerate(value):
+        if type(tool) is dict and tool.get("type") == "custom":
+            raise _Fault("unsupported_field", f"{name}[{i}]", f"{name}[{i}] is a custom tool: {_NO_CUSTOM}")
         function = tool.get("function") if type(tool) is dict and tool.get("type") == "function" else None
         if type(function) is not dict or type(function.get("name")) is not str or not function["name"]:
             raise _invalid(f"{name}[{i}]", tool, 'an object like {"type": "function", "function": {"name": ...}}')
@@ -779,21 +810,36 @@ class _Named(NamedTuple):
     name: str
 
 
-def _tool_choice(name: str, value: Any) -> str | _Named:
+class _Allowed(NamedTuple):
+    """Functions of which the answer may call any, or must call some."""
+
+    mode: str  # auto or required
+    names: frozenset[str]
+
+
+def _tool_choice(name: str, value: Any) -> str | _Named | _Allowed:
     wanted = '"auto", "none", "required" or an object like {"type": "function", "function": {"name": ...}}'
     if type(value) is not dict:
         if value not in ("none", "auto", "required"):
             raise _invalid(name, value, wanted)
         return str(value)
-    if value.get("type") in ("allowed_tools", "custom"):
-        message = (
-            f"{name} of type {_shown(value['type'])} is not supported yet; name a function, or leave other tools out"
-        )
-        raise _Fault("unsupported_field", f"{name}.type", message)
+    if value.get("type") == "allowed_tools":
+        return _allowed_tools(f"{name}.allowed_tools", value.get("allowed_tools"))
+    if value.get("type") == "custom":
+        raise _Fault("unsupported_field", f"{name}.type", f"{name} of type 'custom' is not supported: {_NO_CUSTOM}")
     function = value.get("function") if value.get("type", "function") == "function" else None
     if type(function) is not dict or type(function.get("name")) is not str:
         raise _invalid(name, value, wanted)
     return _Named(function["name"])
+
+
+def _allowed_tools(name: str, value: Any) -> _Allowed:
+    wanted = 'an object like {"mode": "auto" or "required", "tools": [{"type": "function", "function": {"name": ...}}]}'
+    if type(value) is not dict or value.get("mode") not in ("auto", "required") or not value.get("tools"):
+        raise _invalid(name, value, wanted)
+    return _Allowed(
+        value["mode"], frozenset(tool["function"]["name"] for tool in _tools(f"{name}.tools", value["tools"]))
+    )
 
 
 def _template_kwargs(name: str, value: Any) -> dict[str, Any]:
@@ -865,6 +911,10 @@ def _integer(low: int, high: int | None = None) -> Callable[[str, Any], int]:
     return check
 
 
+def _max_tokens(name: str, value: Any) -> int:
+    return 0 if type(value) is int and value == 0 else _integer(1)(name, value)  # 0 may go with echo
+
+
 _top_k_as_given = _integer(-1, MAX_COUNT)
 
 
@@ -913,6 +963,12 @@ def _logit_bias(name: str, value: Any) -> tuple[tuple[int, float], ...]:
             raise _invalid(name, token, f"{wanted}; the ids are")
         read[int(token)] = _BIAS(f"{name}.{token}", bias)
     return tuple(sorted(read.items()))
+
+
+def _documents(name: str, value: Any) -> list[dict[str, Any]]:
+    if type(value) is not list or not all(type(document) is dict for document in value):
+        raise _invalid(name, value, "a list of objects")
+    return value
 
 
 def _completion_logprobs(name: str, value: Any) -> int | None:
@@ -1032,6 +1088,8 @@ _TEMPLATE_ARGUMENTS = {
     *("return_assistant_tokens_mask", "tokenizer_kwargs", "processor_kwargs"),
 }
 _MESSAGE_FIELDS = {"role", "content", "name", "tool_call_id"}
+_THOUGHTS = ("reasoning_content", "reasoning")  # vLLM's older and newer name
+_NO_CUSTOM = "its input is no JSON, which no known template writes; only functions are"
 
 _CONTENT: dict[Endpoint, tuple[str, Callable[[Any, list[str]], tuple[Any, ...]]]] = {
     Endpoint.CHAT: ("messages", _messages),
@@ -1064,11 +1122,11 @@ _GRAMMARS: dict[str, Callable[[str, Any], Grammar | None]] = {
 
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "model": _text,
-    "max_tokens": _integer(1),
+    "max_tokens": _max_tokens,
     "max_completion_tokens": _integer(1),
     "min_tokens": _integer(0, MAX_COUNT),
     "temperature": _number(0, 2),
-    "top_p": _number(0, 1, low_too=False),
+    "top_p": _number(0, 1),
     "top_k": _top_k,
     "min_p": _number(0, 1),
     "seed": _integer(-(2**63), 2**63 - 1),
@@ -1084,6 +1142,8 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "include_stop_str_in_output": _boolean,
     "skip_special_tokens": _boolean,
     "truncate_prompt_tokens": _truncate,
+    "prompt_logprobs": _integer(0, MAX_LOGPROBS),
+    "add_special_tokens": _boolean,
     **_GRAMMARS,
     "guided_whitespace_pattern": _filled,
 }
@@ -1095,6 +1155,11 @@ _OF_ENDPOINT: dict[Endpoint, dict[str, Callable[[str, Any], Any]]] = {
         "tool_choice": _tool_choice,
         "parallel_tool_calls": _boolean,
         "chat_template_kwargs": _template_kwargs,
+        "reasoning_effort": _filled,
+        "documents": _documents,
+        "add_generation_prompt": _boolean,
+        "continue_final_message": _boolean,
+        "include_reasoning": _boolean,
     },
     Endpoint.COMPLETIONS: {"logprobs": _completion_logprobs, "echo": _boolean},
 }
@@ -1102,11 +1167,15 @@ _OF_ENDPOINT: dict[Endpoint, dict[str, Callable[[str, Any], Any]]] = {
 _BIAS = _number(-100, 100)
 
 _ALL_CHECKS = {endpoint: _CHECKS | checks for endpoint, checks in _OF_ENDPOINT.items()}
-_FOR_TEMPLATE = ("tools", "chat_template_kwargs")
+# Fields of a chat that its template gets by their names.
+_ARGUMENT_FIELDS = ("reasoning_effort", "documents", "add_generation_prompt", "continue_final_message")
 _FUNCTION_NAME = re.compile(r"[\w.-]+")
 _TRANSLATED = frozenset(
     {
-        *_FOR_TEMPLATE,
+        *_ARGUMENT_FIELDS,
+        "tools",
+        "chat_template_kwargs",
+        "add_special_tokens",
         "tool_choice",
         "parallel_tool_calls",
         "logprobs",
@@ -1116,7 +1185,6 @@ _TRANSLATED = frozenset(
         "guided_whitespace_pattern",
     }
 )
-_NO_PROMPT_LOGPROBS = "tokens of shared prompts are computed once for many lines, and no logits are made for them"
 
 # Under `batchrun`, in the line or in its body.
 _HINTS: dict[str, Callable[[str, Any], Any]] = {"expected_tokens": _integer(1)}
@@ -1145,9 +1213,9 @@ _NOT_BUILT: dict[str, tuple[Any, ...]] = {
     **_fields("tool_choice function_call", "none", "auto"),
     **_fields("modalities", ["text"]),
     **_fields("verbosity", "medium"),
-    **_fields("tools functions prompt_logprobs stream_options audio prediction suffix", [], {}, ""),
-    **_fields("reasoning_effort web_search_options add_special_tokens", [], {}, ""),
-    **_fields("chat_template chat_template_kwargs documents mm_processor_kwargs media_io_kwargs", [], {}, ""),
+    **_fields("tools functions stream_options audio prediction suffix", [], {}, ""),
+    **_fields("web_search_options chat_template chat_template_kwargs", [], {}, ""),
+    **_fields("reasoning_effort documents mm_processor_kwargs media_io_kwargs", [], {}, ""),
     **_fields("allowed_token_ids logits_processors prompt_embeds kv_transfer_params", [], {}, ""),
     **_fields("structural_tag vllm_xargs", [], {}, ""),
 }

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import orjson
 
-from batchrun.request import Endpoint, LineFault, Result, TokenText
+from batchrun.request import Endpoint, LineFault, Logprobs, Result, TokenText
 
 
 def encode_json(value: Any, *, indent: bool = False) -> bytes:
@@ -73,6 +73,7 @@ def result_line(
                 **({"message": _message(choice, f"{digest}-{index}")} if chat else {"text": choice.text}),
                 "logprobs": _logprobs(choice, chat, token),
                 "finish_reason": choice.finish_reason,
+                **({} if chat else _prompt_logprobs(choice, token)),
             }
             for index, choice in enumerate(choices)
         ],
@@ -82,6 +83,7 @@ def result_line(
             "total_tokens": prompt_tokens + completion_tokens,
             "prompt_tokens_details": {"cached_tokens": sum(choice.usage.cached_tokens for choice in choices)},
         },
+        **(_prompt_logprobs(choices[0], token) if chat else {}),
     }
     response = {"status_code": 200, "request_id": f"req_{digest}", "body": body}
     return _batch_line(custom_id, line, response, None, group=group, attempts=attempts, seed=seed, dedup_of=dedup_of)
@@ -107,10 +109,7 @@ def _logprobs(choice: Result, chat: bool, token: Callable[[int], TokenText] | No
         return None
     tokens = [token(token_id) for token_id in choice.token_ids[: found.sampled.size].tolist()]
     sampled = found.sampled.tolist()
-    likeliest = [
-        [(token(token_id), value) for token_id, value in zip(ids, values, strict=True)]
-        for ids, values in zip(found.top_ids.tolist(), found.top.tolist(), strict=True)
-    ]
+    likeliest = _likeliest(found, found.top.shape[1], token)
     if chat:
         return {
             "content": [
@@ -119,17 +118,54 @@ def _logprobs(choice: Result, chat: bool, token: Callable[[int], TokenText] | No
             ],
             "refusal": None,
         }
+    unknown: list[None] = []  # nothing stands before the first token of a prompt
+    if choice.echo and (prompt := choice.prompt) is not None:
+        tokens = [token(token_id) for token_id in prompt.ids.tolist()] + tokens
+        sampled = prompt.own.sampled.tolist() + sampled
+        likeliest = _likeliest(prompt.own, found.top.shape[1], token) + likeliest
+        unknown = [None]
     ends = list(accumulate(len(one.text) for one in tokens))
     return {
         "tokens": [one.text for one in tokens],
-        "token_logprobs": sampled,
+        "token_logprobs": [*unknown, *sampled],
         # As at OpenAI's, the sampled token is among them, one more where it is not among the likeliest.
         "top_logprobs": [
-            {other.text: value for other, value in others} | {one.text: own}
-            for one, own, others in zip(tokens, sampled, likeliest, strict=True)
+            *unknown,
+            *(
+                {other.text: value for other, value in others} | {one.text: own}
+                for one, own, others in zip(tokens[len(unknown) :], sampled, likeliest, strict=True)
+            ),
         ],
         "text_offset": [0, *ends[:-1]] if ends else [],
     }
+
+
+def _likeliest(
+    found: Logprobs, alternatives: int, token: Callable[[int], TokenText]
+) -> list[list[tuple[TokenText, float]]]:
+    """The likeliest tokens at each place, as many as are to be named, and their logprobs."""
+    ids, values = found.top_ids[:, :alternatives].tolist(), found.top[:, :alternatives].tolist()
+    return [[(token(one), value) for one, value in zip(*place, strict=True)] for place in zip(ids, values, strict=True)]
+
+
+def _prompt_logprobs(choice: Result, token: Callable[[int], TokenText] | None) -> dict[str, Any]:
+    """The logprobs of a prompt as vLLM has them, where they were asked for: by token id, its own token first."""
+    prompt, wanted = choice.prompt, choice.prompt_logprobs
+    if prompt is None or wanted is None or token is None:
+        return {}
+
+    def one(token_id: int, logprob: float, rank: int) -> dict[str, Any]:
+        return {"logprob": logprob, "rank": rank, "decoded_token": token(token_id).text}
+
+    own = zip(prompt.ids[1:].tolist(), prompt.own.sampled.tolist(), prompt.ranks.tolist(), strict=True)
+    others = zip(prompt.own.top_ids[:, :wanted].tolist(), prompt.own.top[:, :wanted].tolist(), strict=True)
+    places: list[dict[str, Any] | None] = [None]  # of the first token
+    for (token_id, logprob, rank), (ids, logprobs) in zip(own, others, strict=True):
+        place = {str(token_id): one(token_id, logprob, rank)}
+        for nth, (other, value) in enumerate(zip(ids, logprobs, strict=True), 1):
+            place.setdefault(str(other), one(other, value, nth))
+        places.append(place)
+    return {"prompt_logprobs": places}
 
 
 def _token(token: TokenText, logprob: float) -> dict[str, Any]:

@@ -32,7 +32,7 @@ class Source:
 
     Attributes:
         location: as it was named, secrets cut out; absolute where it is local.
-        kind: `jsonl`, `csv` or `parquet`.
+        kind: `jsonl`, `csv`, `parquet`, or `json rows`: JSON lines from which requests are made.
         prompt_column, id_column, field_columns, chat: as in `[input]`.
         template: sha256 of the template's text, or None.
         files: in the order of their lines.

@@ -73,11 +73,12 @@ class PrefixForest:
         return 1.0 - self.prompt_physical / self.prompt_logical if self.prompt_logical else 0.0
 
 
-def build_forest(tokens: TokenTable) -> PrefixForest:
+def build_forest(tokens: TokenTable, apart: npt.NDArray[np.bool_] | None = None) -> PrefixForest:
     """Build the forest of all prompts.
 
     Args:
         tokens: one prompt a row, none empty.
+        apart: bool `[R]`, prompts that share nothing, each a tree of its own.
 
     Raises:
         ValueError: a prompt is empty.
@@ -85,7 +86,7 @@ def build_forest(tokens: TokenTable) -> PrefixForest:
     lengths = tokens.lengths
     if lengths.size and int(lengths.min()) == 0:
         raise ValueError(f"request {int(lengths.argmin())} has an empty prompt")
-    made, order, ends_at = _split(tokens.ids, tokens.offsets[:-1], lengths)
+    made, order, ends_at = _split(tokens.ids, tokens.offsets[:-1], lengths, apart)
     return _depth_first(made, order, ends_at, tokens.ids.size)
 
 
@@ -93,7 +94,9 @@ def build_forest(tokens: TokenTable) -> PrefixForest:
 _Made = dict[str, list[npt.NDArray[Any]]]
 
 
-def _split(ids: Int32, offsets: Int64, lengths: Int32) -> tuple[_Made, Int32, Int32]:
+def _split(
+    ids: Int32, offsets: Int64, lengths: Int32, apart: npt.NDArray[np.bool_] | None
+) -> tuple[_Made, Int32, Int32]:
     """The nodes, the requests in forest order, and the node that each ends in."""
     num_requests = lengths.size
     order = np.arange(num_requests, dtype=np.int32)
@@ -102,8 +105,13 @@ def _split(ids: Int32, offsets: Int64, lengths: Int32) -> tuple[_Made, Int32, In
     made_count = 0
 
     # The ranges of `order` still to split: [low, low + size), equal on their first `depth` tokens, below `node`.
-    low = np.zeros(min(num_requests, 1), dtype=np.int32)
-    size = np.full(low.size, num_requests, dtype=np.int32)
+    together = num_requests
+    if apart is not None and apart.any():
+        order = np.argsort(apart, kind="stable").astype(np.int32)
+        together -= int(apart.sum())
+    low = np.append(np.zeros(min(together, 1), dtype=np.int32), np.arange(together, num_requests, dtype=np.int32))
+    size = np.ones(low.size, dtype=np.int32)
+    size[: min(together, 1)] = together
     depth = np.zeros(low.size, dtype=np.int32)
     node = np.full(low.size, -1, dtype=np.int32)
 

@@ -187,6 +187,26 @@ class StepLogprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class StepScores:
+    """Log-probabilities of tokens of prompts, by the model's own distribution; Q of them.
+
+    Attributes:
+        request: int32 `[Q]`, whose prompt; those of one are neighbours.
+        place: int32 `[Q]`, of the token in it, at least 1; ascending for a request.
+        own: float32 `[Q]`, of the token.
+        rank: int32 `[Q]`, its place among all tokens, 1 for the likeliest.
+        top_ids, top: as in `StepLogprobs`.
+    """
+
+    request: Int32
+    place: Int32
+    own: Float32
+    rank: Int32
+    top_ids: Int32
+    top: Float32
+
+
+@dataclass(frozen=True, slots=True)
 class StepOutput:
     """What a worker gives back for a step, in the order of its sampling chunks.
 
@@ -198,6 +218,7 @@ class StepOutput:
         padded_rows: rows computed beyond those of the step.
         parts: forward passes that it took: more than one where memory ran out.
         logprobs: where requests asked for them, else None.
+        scores: of tokens of prompts, where requests asked for them, else None.
         stuck: why a grammar allows no token, by place among the sampling chunks; -1 is their token.
     """
 
@@ -207,4 +228,5 @@ class StepOutput:
     padded_rows: int = 0
     parts: int = 1
     logprobs: StepLogprobs | None = None
+    scores: StepScores | None = None
     stuck: dict[int, str] = field(default_factory=dict)

@@ -135,10 +135,15 @@ def _in_place(job: str, config: InputConfig) -> JobSource | None:
     if has_magic(job) and not os.path.exists(job):  # noqa: PTH110
         return None
     source = open_job(job)
-    if kind_of(source.path.name) != "jsonl":
+    if kind_of(source.path.name) != "jsonl" or _are_rows(config):
         return None
     _refuse_columns(config, job)
     return source
+
+
+def _are_rows(config: InputConfig) -> bool:
+    """Whether JSON lines are rows of a table, from which requests are yet to be made."""
+    return config.template is not None or config.prompt_column is not None
 
 
 def _refuse_columns(config: InputConfig, where: str) -> None:
@@ -148,8 +153,8 @@ def _refuse_columns(config: InputConfig, where: str) -> None:
     ]
     if given:
         raise UsageError(
-            f"--{given[0].replace('_', '-')} is for the rows of tables, and {redact(where)} has JSON lines.",
-            hint="Leave it out, or give a .csv, .tsv or .parquet file.",
+            f"--{given[0].replace('_', '-')} is for the rows of tables, and {redact(where)} has lines of a job.",
+            hint="Leave it out; with --template or --prompt-column a file of JSON lines is a table.",
         )
 
 
@@ -236,15 +241,17 @@ class _Bringing:
     def _look(self) -> None:
         self.files = find(self.job)
         kind = self.files[0].kind
-        if kind == "jsonl":
+        if kind == "jsonl" and _are_rows(self.config):
+            kind = "json rows"
+        elif kind == "jsonl":
             _refuse_columns(self.config, self.job)
         shards = tuple(Shard(file.name, file.size, file.version) for file in self.files)
         self.source = dataclasses.replace(self.source, kind=kind, files=shards)
 
     @property
     def joins(self) -> bool:
-        """Whether the columns are brought too."""
-        return self.columns and self.source.kind != "jsonl"
+        """Whether the columns are brought too: JSON has no types that columns could have."""
+        return self.columns and self.source.kind in ("csv", "parquet")
 
     def kept(self, out: Path) -> Opened | None:
         """What an earlier start has brought, if the stores say that nothing has changed, or cannot be asked."""

@@ -1,4 +1,4 @@
-"""Rows of CSV and Parquet files as lines of a job: a row that cannot be one is a line that says why."""
+"""Rows of CSV, Parquet and JSON lines as lines of a job: a row that cannot be one is a line that says why."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import io
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import orjson
@@ -45,13 +46,16 @@ class Chunk:
 
 
 def column_names(file: File) -> list[str]:
-    """The columns of a table.
+    """The columns of a table; of JSON lines those that the first ones have.
 
     Raises:
         UsageError: it cannot be read, or two have one name.
     """
     if file.kind == "csv":
         return next(_csv_rows(file))
+    if file.kind == "jsonl":
+        first = islice(_json_rows(file), _ROWS)
+        return list(dict.fromkeys(name for row in first if isinstance(row, dict) for name in row))
     return _unique(schema_of(file).names, file)
 
 
@@ -73,7 +77,8 @@ def chunks(file: File, needed: Sequence[str], *, columns: Any = None) -> Iterato
         needed: columns that rows are to have.
         columns: schema of the columns that are wanted besides; None: no columns.
     """
-    return (_csv_chunks if file.kind == "csv" else _parquet_chunks)(file, needed, columns)
+    by_kind = {"csv": _csv_chunks, "jsonl": _json_chunks, "parquet": _parquet_chunks}
+    return by_kind[file.kind](file, needed, columns)
 
 
 def _unique(names: list[str], file: File) -> list[str]:
@@ -169,6 +174,27 @@ def _csv_row(row: list[str], header: list[str], places: Mapping[str, int]) -> Ro
         if not _is_text(text):
             return BadRow(f"column {name!r} is not in UTF-8")
     return found
+
+
+def _json_rows(file: File) -> Iterator[Row | BadRow]:
+    """The objects of a file of JSON lines; blank lines are no rows."""
+    raw = io.BufferedReader(_Unpacked(file.blocks()), 1 << 20)
+    for line in raw:
+        text = line.removeprefix(b"\xef\xbb\xbf")
+        if text.isspace() or not text:
+            continue
+        try:
+            row = orjson.loads(text)
+        except orjson.JSONDecodeError as error:
+            yield BadRow(f"the row is not valid JSON: {error}")
+            continue
+        yield row if isinstance(row, dict) else BadRow("the row is no JSON object")
+
+
+def _json_chunks(file: File, needed: Sequence[str], _columns: Any) -> Iterator[Chunk]:
+    rows = _json_rows(file)
+    while taken := list(islice(rows, _ROWS)):
+        yield Chunk([row if isinstance(row, BadRow) else {name: row.get(name) for name in needed} for row in taken])
 
 
 def _parquet_chunks(file: File, needed: Sequence[str], schema: Any) -> Iterator[Chunk]:

@@ -124,4 +124,6 @@ def _printed(value: Any) -> Any:
         raise _NoValue(
             f"it writes a value that is {'null' if value is None else 'no number'}; {{{{ name or '' }}}} may do"
         )
+    if isinstance(value, bytes):
+        raise _NoValue("it writes bytes, which are no text")
     return value

@@ -89,7 +89,7 @@ def test_ids_differ_between_lines_even_where_custom_ids_are_equal():
 
 
 def test_a_rejected_line_carries_the_error_as_the_api_would_answer():
-    fault = LineFault(9, "bad", "unsupported_field", "`n` is not supported yet", "body.n")
+    fault = LineFault(9, "bad", "unsupported_field", "`n` is not supported yet", "n")
     entry = orjson.loads(error_line(fault))
     assert entry["error"] is None
     assert entry["response"]["status_code"] == 400
@@ -97,7 +97,7 @@ def test_a_rejected_line_carries_the_error_as_the_api_would_answer():
         "error": {
             "message": "`n` is not supported yet",
             "type": "invalid_request_error",
-            "param": "body.n",
+            "param": "n",
             "code": "unsupported_field",
         }
     }

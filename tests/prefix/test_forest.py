@@ -100,3 +100,21 @@ def test_memory_at_its_peak_is_a_few_columns():
     assert kept < 60 * count
     # One block of windows is compared at a time, whatever the number of prompts.
     assert peak < 105 * count + (2 << 20)
+
+
+@given(prompts_of_jobs.filter(bool), st.integers(0, 2**12 - 1))
+@settings(max_examples=500, deadline=None)
+def test_prompts_that_stand_apart_share_nothing_and_change_nothing(prompts: list[list[int]], which: int) -> None:
+    apart = np.array([bool(which >> i & 1) for i in range(len(prompts))])
+    forest = build_forest(TokenTable.from_rows(prompts), apart)
+    alone = forest.node[apart]
+    assert np.unique(alone).size == alone.size
+    assert (forest.requests[alone] == 1).all() and (forest.parent[alone] == -1).all()
+    assert forest.length[alone].tolist() == [len(prompt) for prompt, own in zip(prompts, apart, strict=True) if own]
+    rest = build_forest(TokenTable.from_rows([prompt for prompt, own in zip(prompts, apart, strict=True) if not own]))
+    kept = np.setdiff1d(np.arange(len(forest)), alone)
+    assert all((getattr(rest, name) == getattr(forest, name)[kept]).all() for name in ("length", "depth", "requests"))
+    assert sorted(forest.order.tolist()) == list(range(len(prompts)))
+    for node in range(len(forest)):
+        below = forest.order[forest.first[node] : forest.first[node] + forest.requests[node]]
+        assert (forest.node[below] >= node).all()

@@ -240,8 +240,8 @@ def test_options_for_tables_are_refused_for_json_lines(run, memory, here):
     (here / "jobs.jsonl").write_bytes(text(LINES))
     memory.pipe_file("/jobs.jsonl", text(LINES))
     for job in ("jobs.jsonl", "memory://jobs.jsonl"):
-        with pytest.raises(UsageError, match="--prompt-column is for the rows of tables"):
-            run(job, input={"prompt_column": "text"})
+        with pytest.raises(UsageError, match="--id-column is for the rows of tables"):
+            run(job, input={"id_column": "text"})
 
 
 def test_plan_and_check_take_them_too_and_write_nothing(here, memory, model_dir):

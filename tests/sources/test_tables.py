@@ -378,3 +378,32 @@ def test_a_changed_template_or_column_is_another_run(here, model_dir):
     with pytest.raises(RunDirError, match=r"source\.chat is False there and True now"):
         run(chat=True)
     assert run(prompt_column=None, template="{{ q }}") is ExitCode.OK  # the same lines, made in another way
+
+
+# --- JSON lines as a table
+
+JSON_ROWS = (
+    b'\xef\xbb\xbf{"key": 7, "q": "a", "about": {"city": "Bern"}, "temperature": 9}\n'
+    b'\n{"q": "b\\n", "about": {"city": "Chur"}, "max_tokens": 3}\r\n'
+    b'{"q": null, "about": {"city": "Zug"}}\n[1]\n{"q": \n{"about": {}, "q": "c"}'
+)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.ndjson", "rows.jsonl.gz"])
+def test_json_lines_are_a_table_where_prompts_are_made_of_them(name, lines, here):
+    (here / name).write_bytes(gzip.compress(JSON_ROWS) if name.endswith(".gz") else JSON_ROWS)
+    config = {"id_column": "key", "field_columns": ("max_tokens",)}
+    found = lines(name, template="{{ about.city }}: {{ q }}", **config)
+    assert [line.number for line in found] == [1, 2, 3, 4, 5, 6]
+    assert [(line.custom_id, line.prompts, line.options.max_tokens) for line in found[:2]] == [
+        ("7", ("Bern: a",), None),
+        ("line-2", ("Chur: b\n",), 3),
+    ]
+    assert [line.code for line in found[2:]] == ["invalid_row"] * 4
+    assert "it writes a value that is null" in found[2].message
+    assert "no JSON object" in found[3].message and "not valid JSON" in found[4].message
+    assert [line.messages for line in lines(name, prompt_column="q", chat=True) if isinstance(line, JobLine)] == [
+        ({"role": "user", "content": text},) for text in ("a", "b\n", "c")
+    ]
+    with pytest.raises(UsageError, match="reads 'town', which is no column"):
+        lines(name, template="{{ town }}")
