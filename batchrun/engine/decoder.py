@@ -49,6 +49,8 @@ class Decoder:
     def __init__(self, module: Any, kernels: CpuKernels | None = None) -> None:
         base = module.model
         self._embed, self._rotary = base.embed_tokens, base.rotary_emb
+        # What is not packed is copied: a view would keep the whole mapped file in memory.
+        self._embed.weight.data = self._embed.weight.data.clone()
         self._norm = RMSNorm(base.norm, kernels)
         self._layers = []
         for i, layer in enumerate(base.layers):
@@ -215,7 +217,7 @@ class RMSNorm:
 
     def __init__(self, norm: Any, kernels: CpuKernels | None, order: torch.Tensor | None = None) -> None:
         weight = norm.weight.detach()
-        self.weight = (weight if order is None else weight[order]).contiguous()
+        self.weight = weight.clone() if order is None else weight[order]
         self.eps: float = norm.variance_epsilon
         self._kernels = kernels
 

@@ -47,6 +47,7 @@ class PackedLinear(Linear):
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         super().__init__(weight, bias)
         self._weight = torch.ops.mkldnn._reorder_linear_weight(self._weight)
+        self._bias = None if self._bias is None else self._bias.clone()  # no view of a mapped file
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self._products(x, "none")

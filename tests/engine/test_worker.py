@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from collections.abc import Callable
@@ -300,3 +301,14 @@ def test_memory_for_kv_is_measured_beside_the_largest_step(model_dir: ModelFacto
     assert rows == [100]
     assert pools == [16], "pages would be counted as what a step takes"
     assert kv_memory(loaded, Device(), share=0.9, rows=100, page_size=16) is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc says what is mapped")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_packed_weights_are_not_in_memory_twice(dtype: str, model_dir: ModelFactory) -> None:
+    """A view of one weight would keep the whole file that it was read from."""
+    model = model_dir("qwen2")  # of those with biases
+    loaded = load_model(model, json.loads((model / "config.json").read_text()), dtype, "cpu")
+    gc.collect()
+    assert loaded.vocab_size
+    assert str(model) not in Path("/proc/self/maps").read_text()
