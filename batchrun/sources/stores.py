@@ -200,7 +200,9 @@ def reading(location: str) -> AbstractContextManager[None]:
     """Turn whatever goes wrong while a store is read into a `UsageError` without secrets."""
 
     def told(error: Exception) -> UsageError:
-        if isinstance(error, FileNotFoundError):
+        if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, OSError):
+            error = error.__cause__  # nothing was asked: its server could not be reached
+        elif isinstance(error, FileNotFoundError):
             return UsageError(f"There is nothing at {redact(location)}.", hint="Check the name, and who may read it.")
         return UsageError(
             f"{redact(location)} cannot be read: {_words(error)}",

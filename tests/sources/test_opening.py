@@ -469,3 +469,13 @@ def test_secrets_of_a_url_are_written_nowhere(here, memory, model_dir):
         assert "hunter2" not in path.name
         assert path.is_dir() or b"hunter2" not in path.read_bytes(), path
     assert json.loads((here / "jobs.run" / "run.json").read_bytes())["job"] == "memory://***@host/jobs.jsonl?***"
+
+
+def test_a_server_that_is_not_reached_is_not_a_file_that_is_not_there() -> None:
+    with (
+        pytest.raises(UsageError, match="cannot be read: ConnectionRefusedError: refused"),
+        stores.reading("http://a/b"),
+    ):
+        raise FileNotFoundError("http://a/b") from ConnectionRefusedError("refused")
+    with pytest.raises(UsageError, match="There is nothing at"), stores.reading("http://a/b"):
+        raise FileNotFoundError("http://a/b")
