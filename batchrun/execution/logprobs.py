@@ -107,10 +107,10 @@ class PromptTable:
             request = int(found.request[begin])
             if request not in self._under_way:
                 self._under_way[request] = self._empty(request)
-            kept, width = self._under_way[request], found.top.shape[1]
+            kept = self._under_way[request]
             places = found.place[begin:end] - 1
             kept.own.sampled[places], kept.ranks[places] = found.own[begin:end], found.rank[begin:end]
-            width = min(width, kept.own.top.shape[1])
+            width = min(found.top.shape[1], kept.own.top.shape[1])
             kept.own.top_ids[places, :width] = found.top_ids[begin:end, :width]
             kept.own.top[places, :width] = found.top[begin:end, :width]
 

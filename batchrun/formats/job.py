@@ -508,17 +508,15 @@ def _said(endpoint: Endpoint, body: dict[str, Any]) -> _Said:
     if not _INFORMATIVE.isdisjoint(body):
         body = {name: value for name, value in body.items() if name not in _INFORMATIVE}
     try:
-        written = endpoint, orjson.dumps(body)
+        written = orjson.dumps(body)
     except TypeError:  # nested more deeply than orjson writes
         return _check_fields(endpoint, body)
-    said = _KNOWN.get(written)
-    if said is None:
-        said = _check_fields(endpoint, body)
-        if len(written[1]) <= _REMEMBERED_BYTES:
-            if len(_KNOWN) >= _REMEMBERED:
-                _KNOWN.clear()
-            _KNOWN[written] = said
-    return said
+    return _known(endpoint, written) if len(written) <= _REMEMBERED_BYTES else _check_fields(endpoint, body)
+
+
+@functools.lru_cache(maxsize=_REMEMBERED)
+def _known(endpoint: Endpoint, written: bytes) -> _Said:
+    return _check_fields(endpoint, orjson.loads(written))
 
 
 def _check_fields(endpoint: Endpoint, body: dict[str, Any]) -> _Said:
@@ -698,9 +696,6 @@ def _hints(path: str, hints: Any, unknown: list[str]) -> dict[str, Any]:
         elif value is not None:
             found[name] = check(f"{path}.{name}", value)
     return found
-
-
-_KNOWN: dict[tuple[Endpoint, bytes], _Said] = {}  # by the body in JSON
 
 
 @functools.lru_cache(maxsize=_REMEMBERED)

@@ -277,7 +277,6 @@ typedef struct {
     int64_t at, ahead; /* ahead: tokens that the walk has not met */
 } Scout;
 
-#define LINE 64          /* bytes that come from memory together */
 #define AHEAD (384 << 10) /* bytes: less than the second cache */
 
 /* The next lines to send for, n and one more at most; where there are none, ones that are there. Whether there were any. */

@@ -14,7 +14,6 @@ summed in the order of its numbers, whatever rows stand beside it. */
 #define VECTORS 2
 #endif
 #define PANEL (VECTORS * LANES)
-#define LINE 64 /* bytes that come from memory together */
 
 static int64_t depth_of(int64_t inner) { return PAIRS ? inner / 2 : inner; }
 
@@ -116,13 +115,26 @@ INLINE void put(int64_t outer, int64_t first, int m, const element *other, eleme
 /* How a product is shared out: panels, cut into parts of rows where panels alone cannot be shared evenly. Threads take
 the next one as they come free, since other work may hold one of them up. */
 typedef struct {
-    int64_t parts, part_rows, tasks;
+    int64_t parts, part_rows, tasks, rows;
+    int32_t threads;
 } Shares;
 
-static Shares shares_of(int64_t panels, int64_t rows, int32_t threads) {
+/* What is done of it at once: rows [begin, end) with a panel; next: the panel that the thread is likely to take then. */
+typedef struct {
+    int64_t panel, next, begin, end;
+} Task;
+
+static Shares shares_of(int64_t outer, int64_t rows, int32_t threads) {
+    const int64_t panels = (outer + PANEL - 1) / PANEL;
     int64_t parts = 1;
     while (panels * parts % threads && panels * parts < 16 * threads && rows > parts * 2 * ROWS) parts++;
-    return (Shares){parts, ((rows + parts - 1) / parts + ROWS - 1) / ROWS * ROWS, panels * parts};
+    return (Shares){parts, ((rows + parts - 1) / parts + ROWS - 1) / ROWS * ROWS, panels * parts, rows, threads};
+}
+
+INLINE Task task_of(const Shares *shares, int64_t number) {
+    const int64_t begin = number % shares->parts * shares->part_rows, end = begin + shares->part_rows;
+    return (Task){number / shares->parts, (number + shares->threads) / shares->parts, begin,
+                  end < shares->rows ? end : shares->rows};
 }
 
 /* A panel that is multiplied with, tile after tile, and the one to have at hand next. */
@@ -132,11 +144,11 @@ typedef struct {
     int lines;
 } Panel;
 
-INLINE Panel panel_of(const Linear *linear, int64_t panel, int64_t next, int64_t rows) {
-    const int64_t size = depth_of(linear->inner) * PANEL, tiles = (rows + ROWS - 1) / ROWS;
-    const char *ahead = (const char *)(linear->weight + next * size);
-    const int wanted = next != panel && next * PANEL < linear->outer;
-    return (Panel){linear->weight + panel * size, ahead, ahead + (wanted ? size * 4 : 0),
+INLINE Panel panel_of(const Linear *linear, Task task) {
+    const int64_t size = depth_of(linear->inner) * PANEL, tiles = (task.end - task.begin + ROWS - 1) / ROWS;
+    const char *ahead = (const char *)(linear->weight + task.next * size);
+    const int wanted = task.next != task.panel && task.next * PANEL < linear->outer;
+    return (Panel){linear->weight + task.panel * size, ahead, ahead + (wanted ? size * 4 : 0),
                    tiles >= VECTORS ? 1 : tiles == 2 ? 2 : 3};
 }
 
@@ -157,24 +169,24 @@ INLINE void send_for(const element *place, int m, int64_t outer, const int write
 /* out [rows, outer] from x [rows, inner]; other [rows, outer], added, or NULL. */
 void multiply(const Linear *linear, const element *x, int64_t rows, const element *other, element *out, int32_t threads) {
     const int64_t depth = depth_of(linear->inner), outer = linear->outer;
-    const Shares shares = shares_of((outer + PANEL - 1) / PANEL, rows, threads);
+    const Shares shares = shares_of(outer, rows, threads);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-    for (int64_t task = 0; task < shares.tasks; task++) {
-        const int64_t at = task / shares.parts, begin = task % shares.parts * shares.part_rows;
-        const int64_t end = begin + shares.part_rows < rows ? begin + shares.part_rows : rows;
-        Panel panel = panel_of(linear, at, (task + threads) / shares.parts, end - begin);
-        for (int64_t row = begin; row < end; row += ROWS) {
+    for (int64_t number = 0; number < shares.tasks; number++) {
+        const Task task = task_of(&shares, number);
+        const int64_t first = task.panel * PANEL;
+        Panel panel = panel_of(linear, task);
+        for (int64_t row = task.begin; row < task.end; row += ROWS) {
             floats sums[ROWS][VECTORS] __attribute__((aligned(64)));
-            const int m = end - row < ROWS ? (int)(end - row) : ROWS;
+            const int m = task.end - row < ROWS ? (int)(task.end - row) : ROWS;
             const element *beside = other ? other + row * outer : NULL;
             element *to = out + row * outer;
-            send_for(to + at * PANEL, m, outer, 1);
-            if (other) send_for(beside + at * PANEL, m, outer, 0);
+            send_for(to + first, m, outer, 1);
+            if (other) send_for(beside + first, m, outer, 0);
             multiply_tile(m, (const operand *)x + row * depth, &panel, depth, sums);
             for (int i = 0; i < m; i++)
 #pragma GCC unroll 8
-                for (int j = 0; j < VECTORS; j++) sums[i][j] = with_bias(linear, at * PANEL + j * LANES, sums[i][j]);
-            put(outer, at * PANEL, m, beside, to, sums);
+                for (int j = 0; j < VECTORS; j++) sums[i][j] = with_bias(linear, first + j * LANES, sums[i][j]);
+            put(outer, first, m, beside, to, sums);
         }
     }
 }
@@ -182,27 +194,26 @@ void multiply(const Linear *linear, const element *x, int64_t rows, const elemen
 /* out [rows, outer]: SiLU of the products with `gate`, times those with `up`, which are as large. */
 void multiply_gated(const Linear *gate, const Linear *up, const element *x, int64_t rows, element *out, int32_t threads) {
     const int64_t depth = depth_of(gate->inner), outer = gate->outer;
-    const Shares shares = shares_of((outer + PANEL - 1) / PANEL, rows, threads);
+    const Shares shares = shares_of(outer, rows, threads);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-    for (int64_t task = 0; task < shares.tasks; task++) {
-        const int64_t at = task / shares.parts, begin = task % shares.parts * shares.part_rows;
-        const int64_t end = begin + shares.part_rows < rows ? begin + shares.part_rows : rows;
-        const int64_t next = (task + threads) / shares.parts;
-        Panel gates = panel_of(gate, at, next, end - begin), ups = panel_of(up, at, next, end - begin);
-        for (int64_t row = begin; row < end; row += ROWS) {
+    for (int64_t number = 0; number < shares.tasks; number++) {
+        const Task task = task_of(&shares, number);
+        const int64_t first = task.panel * PANEL;
+        Panel gates = panel_of(gate, task), ups = panel_of(up, task);
+        for (int64_t row = task.begin; row < task.end; row += ROWS) {
             floats sums[ROWS][VECTORS] __attribute__((aligned(64))), others[ROWS][VECTORS] __attribute__((aligned(64)));
-            const int m = end - row < ROWS ? (int)(end - row) : ROWS;
+            const int m = task.end - row < ROWS ? (int)(task.end - row) : ROWS;
             const operand *some = (const operand *)x + row * depth;
-            send_for(out + row * outer + at * PANEL, m, outer, 1);
+            send_for(out + row * outer + first, m, outer, 1);
             multiply_tile(m, some, &gates, depth, sums);
             multiply_tile(m, some, &ups, depth, others);
             for (int i = 0; i < m; i++)
 #pragma GCC unroll 8
                 for (int j = 0; j < VECTORS; j++) {
-                    const int64_t first = at * PANEL + j * LANES;
-                    sums[i][j] = silu(with_bias(gate, first, sums[i][j])) * with_bias(up, first, others[i][j]);
+                    const int64_t at = first + j * LANES;
+                    sums[i][j] = silu(with_bias(gate, at, sums[i][j])) * with_bias(up, at, others[i][j]);
                 }
-            put(outer, at * PANEL, m, NULL, out + row * outer, sums);
+            put(outer, first, m, NULL, out + row * outer, sums);
         }
     }
 }

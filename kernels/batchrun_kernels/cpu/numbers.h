@@ -21,6 +21,7 @@ for float32 or bfloat16 elements. */
 #define LANES 4
 #endif
 #define LOG2_E 1.44269504f
+#define LINE 64 /* bytes that come from memory together */
 
 typedef float floats __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef int32_t ints __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
