@@ -17,7 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from batchrun.config import RunConfig, SamplingConfig, nearest
+from batchrun.config import InputConfig, RunConfig, SamplingConfig, nearest
 from batchrun.errors import BatchrunError, ExitCode, NothingRunnable, Stopped, UsageError
 from batchrun.formats.plan import PlanFile
 from batchrun.formats.rundir import document, output_errors, write_json_atomic
@@ -153,6 +153,7 @@ def run_bench(
     began, clock = int(time.time()), time.perf_counter()
     # What a file may say for jobs of one's own is not for these.
     ours = {"sampling": SamplingConfig(), "ignore_generation_config": True, "limit": None, "chat_template": None}
+    ours |= {"input": InputConfig(), "output": config.output.model_copy(update={"results": None})}
     config = config.model_copy(update=ours)
     subject = Subject.resolve(config, weights=True)
     size = size or ("gpu" if subject.device == "cuda" else "cpu")
@@ -167,7 +168,7 @@ def run_bench(
                     size=size,
                     scale=scale,
                 )
-                cases.append(_Case(made, folder, config, subject, all_orders))
+                cases.append(_Case(made, folder, config, subject, all_orders=all_orders, keep=out is not None))
             expected = repeats * sum(case.expected for case in cases)
             tell(f"{duration(expected)} of computing expected; the model is loaded")
             with closing(start_engine(subject, config)) as engine:
@@ -196,8 +197,12 @@ def run_bench(
 class _Case:
     """A workload's job in a folder, and the ways in which it is run."""
 
-    def __init__(self, made: Workload, folder: Path, config: RunConfig, subject: Subject, all_orders: bool) -> None:
+    def __init__(
+        self, made: Workload, folder: Path, config: RunConfig, subject: Subject, *, all_orders: bool, keep: bool
+    ) -> None:
+        """`keep`: whether directories of runs stay."""
         self.name = made.name
+        self.keep = keep
         self.requests = len(made.requests)
         self.part = made.part
         self.kv_tokens = made.kv_tokens
@@ -266,6 +271,8 @@ class _Case:
         config = self._config(way).model_copy(update={"out": out, "limit": lines})
         outcome = run_job(str(self.job), config, engine=engine)
         report = outcome.report
+        if not self.keep:
+            shutil.rmtree(out)  # of many lines it is large, and there may be many
         if outcome.exit_code is ExitCode.STOPPED:
             raise Stopped("A limit of the configuration was reached; nothing of the measurement is kept.")
         if outcome.exit_code is not ExitCode.OK:
@@ -287,14 +294,14 @@ def _timed(grouping: str, order: str, reports: list[Report]) -> Timed:
     seconds = [_execute(report) for report in reports]
     median = statistics.median_low(seconds)
     report = reports[seconds.index(median)]
-    assert report.expected is not None  # it was run
+    assert report.bound is not None  # it was run
     return Timed(
         grouping=grouping,
         schedule_order=order,
         seconds=median,
         spread=(max(seconds) - min(seconds)) / median,
         tokens_per_second=(report.tokens.prompt_logical + report.tokens.output) / median,
-        bound_share=report.expected.bound / median,
+        bound_share=report.bound.seconds / median,
         disturbed=sum(report.worker_restarts + report.memory_retries > 0 for report in reports),
         runs=tuple(report.seconds for report in reports),
         report=report,

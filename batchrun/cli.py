@@ -464,6 +464,7 @@ def report(
             "--prometheus", metavar="FILE", help="Write metrics for node_exporter's textfile collector (NAME.prom)."
         ),
     ] = None,
+    quiet: Quiet = False,
     json: Json = False,
 ) -> None:
     """Tell what a finished or stopped run came to: what limited it, where its time went, planned against measured.
@@ -478,19 +479,21 @@ def report(
         from batchrun.report.page import render_page
         from batchrun.report.prometheus import render_metrics
         from batchrun.report.tables import print_report
-        from batchrun.review import read_review
+        from batchrun.review import read_review, why_outdated
         from batchrun.status import read_status
 
         progress = read_status(run_dir)
         if prometheus is not None:
-            name = str(run_dir.resolve())
-            write_text_atomic(prometheus, render_metrics(name, progress, read_latest(run_dir)))
+            latest = read_latest(run_dir)
+            if latest is not None and why_outdated(latest, progress):
+                latest = None  # its series are those of the latest start
+            write_text_atomic(prometheus, render_metrics(str(run_dir.resolve()), progress, latest))
         review, steps = read_review(progress, run_dir)
         if html is not None:
             write_text_atomic(html, render_page(review.report, steps, review.plan, review.starts))
         if json:
             _write(encode_json(document(review), indent=True))
-        else:
+        elif not quiet:
             print_report(_console(), review, steps)
 
 

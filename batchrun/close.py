@@ -15,7 +15,7 @@ from batchrun.config import RunConfig
 from batchrun.devices import resolve_device
 from batchrun.errors import RunDirError
 from batchrun.formats.job import JobSource, lint_job, read_job
-from batchrun.formats.report import REPORT, read_report, write_report
+from batchrun.formats.report import REPORT, Course, read_course, read_report, write_report
 from batchrun.formats.results import error_line, unrun_line
 from batchrun.formats.rundir import (
     ERRORS,
@@ -98,7 +98,10 @@ def _close(run_dir: RunDir, source: JobSource, total: int, config: RunConfig, co
     counts = RequestCounts(total, sink.completed, sink.failed, total - sink.completed - sink.failed)
     report = _report(path, run, config, counts, codes)
     write_report(path / REPORT, report)
-    write_text_atomic(path / PAGE, render_page(report, StepLog().columns))
+    course = Course(None, StepLog(), ())
+    with suppress(RunDirError):  # a log that is not sound costs what it would show
+        course = read_course(path, report)
+    write_text_atomic(path / PAGE, render_page(report, course.steps.columns, course.plan, course.starts))
     closed = codes[CANCELLED] + codes[EXPIRED]  # some perhaps by an earlier call, which was killed
     status = RunStatus.CANCELLED if closed else RunStatus.COMPLETED
     run_dir.update(status, counts, errors=codes, exit_code=exit_code_of(counts))
@@ -117,6 +120,7 @@ def _report(path: Path, run: RunFile, config: RunConfig, counts: RequestCounts, 
         throughput=Throughput(),
         step_seconds=None,
         expected=None,
+        bound=None,
         steps=0,
         rows=0,
         kv=KvUse(0, 0, 0),

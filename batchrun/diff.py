@@ -24,6 +24,7 @@ from batchrun.formats.rundir import ERRORS, RESULTS, RUN, RunFile, RunStatus, re
 from batchrun.formats.watch import told, told_lines
 from batchrun.models import resolve_model
 from batchrun.report.records import KvUse, RequestCounts, Seconds, Throughput
+from batchrun.status import read_status
 from batchrun.tokenizer import Tokenizer, load_tokenizer
 
 SHOWN = 20
@@ -161,7 +162,7 @@ def _side(path: Path) -> DiffSide:
         run_dir=str(path),
         status=run.status,
         model=run.model,
-        request_counts=run.request_counts,
+        request_counts=read_status(path).request_counts,  # in run.json they are those of when the latest start began
         saving=report.saving if report is not None else None,
         steps=report.steps if report is not None else None,
         seconds=report.seconds if report is not None else None,

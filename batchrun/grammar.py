@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from batchrun.request import Grammar
 Int32 = npt.NDArray[np.int32]
 
 _OPTIONS = '%llguidance {"no_forcing": true}\n'
+_KEPT = 1024  # compiled grammars
 _SPECIAL = b"\xff"  # what begins no character: the library's mark of tokens that are no text
 
 
@@ -53,7 +55,7 @@ class Matcher:
 
 
 class Grammars:
-    """Compiles grammars for a vocabulary, each distinct one once.
+    """Compiles grammars for a vocabulary, and keeps those used of late.
 
     Args:
         vocabulary: the bytes that each token adds to a text; empty for tokens that add nothing, which no grammar
@@ -66,7 +68,7 @@ class Grammars:
         self.vocab_size = len(vocabulary)
         self._tokenizer = LLTokenizer(TokenizerWrapper(_Vocabulary(vocabulary)))
         self._executor = LLExecutor(min(os.cpu_count() or 1, 8))
-        self._compiled: dict[Grammar, Matcher | str] = {}
+        self._compile = lru_cache(_KEPT)(self._compile_anew)  # in a job each line may have its own
 
     def fault(self, grammar: Grammar) -> str | None:
         """Why a grammar cannot be followed, or None if it can."""
@@ -100,11 +102,6 @@ class Grammars:
         may_end = (last >> end) & 1 == 1
         last &= ~np.left_shift(np.int32(1), end)
         return bits, may_end
-
-    def _compile(self, grammar: Grammar) -> Matcher | str:
-        if grammar not in self._compiled:
-            self._compiled[grammar] = self._compile_anew(grammar)
-        return self._compiled[grammar]
 
     def _compile_anew(self, grammar: Grammar) -> Matcher | str:
         from llguidance import LLMatcher

@@ -23,7 +23,7 @@ from batchrun.errors import BatchrunError, ExitCode, NothingRunnable, OutputErro
 from batchrun.execution.collect import LineCollector
 from batchrun.execution.limits import Limits, RequestClock
 from batchrun.execution.logprobs import LogprobTable, PromptTable
-from batchrun.execution.loop import run_loop
+from batchrun.execution.loop import LoopEnd, run_loop
 from batchrun.execution.process import RemoteEngine
 from batchrun.execution.recovery import Recovery
 from batchrun.execution.stops import TextStops
@@ -31,7 +31,16 @@ from batchrun.execution.timeline import Timeline
 from batchrun.execution.worker import WorkerLost
 from batchrun.formats.job import JobLint, JobSource, lint_job, sound_lines
 from batchrun.formats.plan import PLAN, PlanFile, write_plan
-from batchrun.formats.report import REPORT, STEPS, StepWriter, read_report, read_step_logs, write_report
+from batchrun.formats.report import (
+    REPORT,
+    STEPS,
+    Course,
+    StepWriter,
+    read_course,
+    read_latest,
+    read_report,
+    write_report,
+)
 from batchrun.formats.results import error_line
 from batchrun.formats.rundir import (
     ERRORS,
@@ -49,12 +58,14 @@ from batchrun.formats.rundir import (
     write_text_atomic,
 )
 from batchrun.models import load_device_spec
+from batchrun.planning.cost import Work
 from batchrun.prefix.doctor import Diagnosis, diagnose
 from batchrun.prefix.explain import Explanation, SharedRuns, Timetable, explain, shared_runs
 from batchrun.prefix.forest import PrefixForest
 from batchrun.prepare import (
     Prepared,
     Simulated,
+    bound_of,
     choose_order,
     mismatches,
     plan_file,
@@ -70,13 +81,11 @@ from batchrun.report.records import (
     RequestCounts,
     Seconds,
     SlowRequest,
-    StartSummary,
     StepLog,
     Throughput,
     TokenCounts,
     Warned,
     step_seconds,
-    sum_up,
 )
 from batchrun.report.wording import printable
 from batchrun.request import FinishReason, JobLine, LineFault
@@ -441,6 +450,7 @@ class Run:
         self.limit_reached: str | None = None
         self.planned: PlanFile | None = None
         self.slowest: tuple[SlowRequest, ...] = ()
+        self.work = Work()
 
     def execute(self) -> Outcome:
         recovered = self.run_dir.recover()
@@ -521,9 +531,9 @@ class Run:
         began = time.perf_counter()
         prepared, orders = choose_order(prepared)
         scheduler = Scheduler(prepared.plan, prepared.requests, depth=DEPTH[self.subject.device])
-        steps, padded, stopped = StepLog(), 0, False
+        end = LoopEnd(StepLog(), 0, stopped=False)
         if len(prepared.requests) and self._limit_reached():
-            stopped = True
+            end = replace(end, stopped=True)
         elif len(prepared.requests):
             planned = plan_file(prepared, simulate(prepared), orders, self.subject, self.fingerprint)
             self.planned = planned
@@ -531,27 +541,40 @@ class Run:
             write_plan(self.run_dir.path / PLAN, planned)
             self.observer.expected_rows(planned.rows)
             attempts = recovered.attempts_of(prepared.answers.line_numbers)
-            steps, padded, stopped = self._run_model(prepared, scheduler, engine, sink, attempts)
+            end = self._run_model(prepared, scheduler, engine, sink, attempts)
         if self.limit_reached is not None:
             message = f"stopped because {self.limit_reached}; the same command goes on"
             warnings.append(Warned("stopped_early", 1, message))
             log.warning("%s", message)
         sink.flush()
-        report = self._report(prepared, scheduler, steps, padded, sink, warnings)
-        if not stopped:
+        report = self._report(prepared, scheduler, end, sink, recovered, warnings)
+        earlier = None
+        if done and not len(prepared.requests):  # nothing was left to run: what there is to tell is of the start before
+            with suppress(RunDirError):
+                earlier = read_latest(self.run_dir.path)
+        if earlier is not None:
+            report = replace(earlier, request_counts=report.request_counts, errors=report.errors)
+        write_report(self.run_dir.path / REPORT, report)  # a start that is killed below has one, too
+        if not end.stopped and report.request_counts.remaining:
+            raise AssertionError(f"{report.request_counts.remaining} lines have neither a result nor an error")
+        if not end.stopped:
             self.run_dir.update(RunStatus.FINALIZING, report.request_counts, errors=report.errors)
             if self.config.results_order == "input":
                 for name in (RESULTS, ERRORS):
                     sort_results(self.run_dir.path / name)
             if self.config.output.results is not None:
                 write_results(self.run_dir.path, self.config.output.results)
-        write_report(self.run_dir.path / REPORT, report)
-        starts: list[StartSummary] = []
+        if earlier is None:
+            report = replace(report, seconds=replace(report.seconds, total=time.perf_counter() - self.began))
+            write_report(self.run_dir.path / REPORT, report)
+        course = Course(self.planned, end.log, ())
         if done:
-            with suppress(RunDirError):  # a log that is not sound costs this table alone
-                starts = [sum_up(log) for log in read_step_logs(self.run_dir.path / STEPS)]
-        write_text_atomic(self.run_dir.path / PAGE, render_page(report, steps.columns, self.planned, starts))
-        return report, stopped
+            with suppress(RunDirError):  # a log that is not sound costs what it would show
+                course = read_course(self.run_dir.path, report)
+        write_text_atomic(
+            self.run_dir.path / PAGE, render_page(report, course.steps.columns, course.plan, course.starts)
+        )
+        return report, end.stopped
 
     def _run_model(
         self,
@@ -560,7 +583,7 @@ class Run:
         engine: Engine | RemoteEngine,
         sink: ResultSink,
         attempts: npt.NDArray[np.int64],
-    ) -> tuple[StepLog, int, bool]:
+    ) -> LoopEnd:
         """Run the plan; answers go to `sink` as they come. `attempts`: int64 `[N]`, of each line before."""
         requests, plan = prepared.requests, prepared.plan
         self._wait_for_engine(engine)
@@ -587,9 +610,9 @@ class Run:
             prompt_tokens = requests.tokens.span(finished.request).length
             kept = logprobs.take(finished.request, finished.token_ids.size - finished.ended)
             answers = lines.add(finished, prompt_tokens, text, reason, kept, prompts.take(finished.request))
-            self.finish_reasons[reason.value] += answers
-            self.answered_prompt_tokens += answers * prompt_tokens
-            newly_finished += answers
+            self.finish_reasons.update(answer.value for answer in answers)
+            self.answered_prompt_tokens += len(answers) * prompt_tokens
+            newly_finished += len(answers)
 
         def on_output(step: Step, output: StepOutput) -> None:
             logprobs.add(step, output)
@@ -601,6 +624,7 @@ class Run:
             newly_finished = 0
             sink.poll()
             timeline.step(step)
+            self.work += step.work
             if clock is not None:
                 for request in clock.late(step, scheduler.requests_in_steps()):
                     scheduler.drop([request])
@@ -620,7 +644,7 @@ class Run:
         log, timeline = StepLog(), Timeline(len(requests))
         timeout = self.config.limits.request_timeout
         clock = RequestClock(len(requests), parse_duration(timeout)) if timeout is not None else None
-        self.recovery = Recovery(scheduler, on_quarantined)
+        self.recovery = Recovery(scheduler, on_quarantined, clock.forget if clock is not None else lambda: None)
         self.observer.stage("run")
         began = time.perf_counter()
         with ExitStack() as stack:
@@ -639,7 +663,7 @@ class Run:
             )
         self.seconds["execute"] = time.perf_counter() - began
         self.slowest = timeline.slowest(requests, log.columns)
-        return end.log, end.padded_rows, end.stopped
+        return end
 
     def _wait_for_engine(self, engine: Engine | RemoteEngine) -> None:
         """Have the model loaded, if it is not."""
@@ -667,14 +691,14 @@ class Run:
         self,
         prepared: Prepared,
         scheduler: Scheduler,
-        steps: StepLog,
-        padded_rows: int,
+        end: LoopEnd,
         sink: ResultSink,
+        recovered: Recovered,
         warnings: list[Warned],
     ) -> Report:
-        plan, counters = prepared.plan, scheduler.counters
+        plan, counters, steps = prepared.plan, scheduler.counters, end.log
         execute = self.seconds.get("execute")
-        answered = sum(self.finish_reasons.values())
+        answered = sink.completed - recovered.results.size
 
         def rate(count: int) -> float | None:
             return count / execute if execute else None
@@ -696,14 +720,13 @@ class Run:
             ),
             throughput=Throughput(rate(answered), rate(self.answered_prompt_tokens), rate(counters.sampled)),
             expected=self.planned.expected if self.planned is not None else None,
-            step_seconds=(
-                step_seconds(steps.columns, execute, plan.options.step_tokens) if execute is not None else None
-            ),
+            bound=bound_of(self.work, prepared.cost) if execute is not None else None,
+            step_seconds=step_seconds(steps.columns, execute, end.recovery) if execute is not None else None,
             steps=len(steps),
             rows=int(steps.columns["rows"].sum()),
             kv=KvUse(plan.budget.page_size, plan.budget.pages, scheduler.pool.peak_used),
             idle_rows=counters.idle_rows,
-            padded_rows=padded_rows,
+            padded_rows=end.padded_rows,
             preemptions=counters.preemptions,
             memory_retries=counters.memory_retries,
             worker_restarts=self.recovery.crashes if self.recovery is not None else 0,
@@ -738,9 +761,10 @@ def _worker_errors() -> Iterator[None]:
 
 
 def _limited(lines: Iterator[JobLine], again: set[int], limit: int) -> Iterator[JobLine]:
-    """Lines of which some have another token limit than their own."""
+    """Lines of which some have another token limit than their own; those that are asked for their prompts alone have
+    none."""
     for line in lines:
-        if line.number in again:
+        if line.number in again and not line.options.prompt_only:
             line.options = replace(line.options, max_tokens=limit)
         yield line
 

@@ -20,11 +20,12 @@ from batchrun.models import load_device_spec
 from batchrun.planning.cost import CostModel, Work
 from batchrun.planning.memory import MemoryBudget, make_budget
 from batchrun.planning.order import AUTO, CANDIDATES, units
-from batchrun.planning.planner import Plan, PlanOptions, fit_to_pool, make_plan, order_requests
+from batchrun.planning.planner import Plan, PlanOptions, fit_to_pool, in_order, make_plan
 from batchrun.prefix.duplicates import first_alike
 from batchrun.prefix.forest import PrefixForest, build_forest
 from batchrun.prefix.groups import PrefixGroups
 from batchrun.report.records import (
+    BoundSeconds,
     Estimate,
     GroupSummary,
     KvUse,
@@ -169,9 +170,9 @@ def plan_what_fits(
                 options = replace(options, grouping="none")
                 continue
         lines = np.unique(asked.line[misfits[given_by]])
-        for line in lines.tolist():
-            of_line = asked.line == line
-            tokens = int((asked.tokens.lengths + asked.max_new_tokens)[of_line].max())
+        most = np.zeros(len(asked.custom_ids), dtype=np.int64)
+        np.maximum.at(most, asked.line, asked.tokens.lengths + asked.max_new_tokens)
+        for line, tokens in zip(lines.tolist(), most[lines].tolist(), strict=True):
             faults.append(
                 LineFault(
                     int(asked.line_numbers[line]),
@@ -257,15 +258,24 @@ def simulate(prepared: Prepared, most: int = SIMULATED) -> Simulated:
 
 
 def _part(prepared: Prepared, most: int) -> tuple[Prepared, npt.NDArray[np.int64]]:
-    """Some lines of a job, drawn by whole groups, planned as the job is; and which requests they have."""
+    """Some lines of a job, drawn by whole groups, planned as the job is; and which requests they have. Of a group
+    that is larger than that, some of its lines, evenly."""
     requests, groups, options = prepared.requests, prepared.plan.groups, prepared.plan.options
     budget = prepared.plan.budget
     unit = units(groups, budget.pages * budget.page_size)[0]
     names, of_request, sizes = np.unique(unit, return_inverse=True, return_counts=True)
     drawn = np.random.default_rng(0).permutation(names.size)
-    inside = np.zeros(names.size, dtype=bool)
-    inside[drawn[: max(int((np.cumsum(sizes[drawn]) <= most).sum()), 1)]] = True
-    lines = np.unique(requests.line[inside[of_request]]).astype(np.int64)
+    whole = int((np.cumsum(sizes[drawn]) <= most).sum())
+    if whole:
+        inside = np.zeros(names.size, dtype=bool)
+        inside[drawn[:whole]] = True
+        chosen = np.flatnonzero(inside[of_request])
+    else:
+        members = np.flatnonzero(of_request == drawn[0])
+        members = members[np.argsort(groups.request_rank[members])]
+        count = max(most * np.unique(requests.line).size // len(requests), 1)  # a line may have many requests
+        chosen = members[np.linspace(0, members.size - 1, min(count, members.size)).astype(np.int64)]
+    lines = np.unique(requests.line[chosen]).astype(np.int64)
     rows = np.flatnonzero(np.isin(requests.line, lines))
     taken = requests.take_lines(lines)
     plan = make_plan(taken, build_forest(taken.tokens, taken.scored), prepared.cost, prepared.plan.budget, options)
@@ -305,8 +315,7 @@ def choose_order(prepared: Prepared) -> tuple[Prepared, tuple[OrderTried, ...]]:
 def _in_order(prepared: Prepared, name: str) -> Prepared:
     options = replace(prepared.plan.options, schedule_order=name)
     plan = replace(prepared.plan, options=options)
-    order = order_requests(plan, prepared.requests, plan.expected_new_tokens)
-    return replace(prepared, plan=replace(plan, order=order))
+    return replace(prepared, plan=in_order(plan, prepared.requests))
 
 
 def plan_file(
@@ -348,19 +357,25 @@ def estimate(prepared: Prepared, simulated: Simulated) -> Estimate:
     cost = prepared.cost
     seconds, scale = simulated.seconds, simulated.scale
     low, high = cost.spread(seconds)
-    bound = cost.bound(simulated.work)
+    bound = bound_of(simulated.work, cost)
     return Estimate(
         seconds=seconds,
         low=low,
         high=high,
         bound_compute=scale * bound.compute,
         bound_memory=scale * bound.memory,
-        bound_weights=scale * cost.bound(Work(steps=simulated.work.steps)).memory,
+        bound_weights=scale * bound.weights,
         device=cost.device.name,
         hardware=cost.device.hardware,
         calibrated=cost.fitted,
         requests=simulated.requests,
     )
+
+
+def bound_of(work: Work, cost: CostModel) -> BoundSeconds:
+    """The least time that the device's peaks allow for work."""
+    bound = cost.bound(work)
+    return BoundSeconds(bound.compute, bound.memory, weights=cost.bound(Work(steps=work.steps)).memory)
 
 
 def tried(name: str, simulated: Simulated) -> OrderTried:
@@ -372,7 +387,7 @@ def tried(name: str, simulated: Simulated) -> OrderTried:
         steps=round(simulated.scale * len(simulated.log)),
         prompt_computed=round(simulated.scale * counters.prompt_computed),
         peak_pages=simulated.scheduler.pool.peak_used,
-        evictions=counters.prefix_evictions,
+        evictions=round(simulated.scale * counters.prefix_evictions),
     )
 
 

@@ -200,7 +200,7 @@ def _cut_short(path: Path, max_tokens: int, max_context: int) -> tuple[Int64, in
     def longer() -> Iterator[int]:
         nonlocal no_longer, full
         for ending in endings(path):
-            if not ending.by_length:
+            if not ending.by_length or not ending.completion_tokens:  # or asked for no more than its prompt
                 continue
             if ending.completion_tokens >= ending.choices * max_tokens:
                 no_longer += 1

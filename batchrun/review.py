@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from batchrun.errors import UsageError
-from batchrun.formats.plan import PLAN, PlanFile, read_plan
-from batchrun.formats.report import REPORT, STEPS, read_latest, read_step_logs
+from batchrun.formats.plan import PlanFile
+from batchrun.formats.report import REPORT, read_course, read_latest
 from batchrun.report.limit import Limit, what_limited
-from batchrun.report.records import Report, StartSummary, StepLog, sum_up
+from batchrun.report.records import Report, StartSummary, Warned
 from batchrun.status import RunProgress
 
 
@@ -23,7 +23,7 @@ class Review:
     Attributes:
         run_dir: where the run is.
         progress: how it stands.
-        report: of its latest start.
+        report: of its latest start that ended with one; a warning says where that is not the latest.
         plan: that this start followed; None where it has none.
         limited_by: what took most of its time; None where nothing was run.
         starts: what the steps of each start did, as far as they are logged.
@@ -54,17 +54,25 @@ def read_review(progress: RunProgress, run_dir: Path) -> tuple[Review, npt.NDArr
             f"{run_dir} has no {REPORT}: a run writes it when it ends, finished or stopped, and this one has not yet.",
             hint="batchrun status tells how far it is; the same command again goes on with it.",
         )
-    plan = read_plan(run_dir / PLAN) if (run_dir / PLAN).is_file() else None
-    if plan is not None and plan.expected != report.expected:  # it is of another start
-        plan = None
-    logs = read_step_logs(run_dir / STEPS)
-    latest = next((log for log in reversed(logs) if len(log) == report.steps), StepLog(1))
+    if outdated := why_outdated(report, progress):
+        report = replace(report, warnings=(Warned("outdated", 1, outdated), *report.warnings))
+    course = read_course(run_dir, report)
     review = Review(
         run_dir=str(run_dir),
         progress=progress,
         report=report,
-        plan=plan,
-        limited_by=what_limited(report, plan),
-        starts=tuple(map(sum_up, logs)),
+        plan=course.plan,
+        limited_by=what_limited(report, course.plan),
+        starts=course.starts,
     )
-    return review, latest.columns
+    return review, course.steps.columns
+
+
+def why_outdated(report: Report, progress: RunProgress) -> str | None:
+    """Why a report is not of the run as it stands; None where it is. A start writes it when it ends, and one that is
+    killed does not."""
+    if progress.state == "running":
+        return "the run is going on; this report is of the start before"
+    if progress.request_counts != report.request_counts:
+        return "a start after the one that this report is of ended without a report; batchrun status has its counts"
+    return None

@@ -108,10 +108,17 @@ def read_status(run_dir: Path, *, now: float | None = None) -> RunProgress:
         process=holder,
         looked_at=now,
         started_at=run.in_progress_at,
-        last_result_at=last_created(run_dir / RESULTS),
+        last_result_at=_last_result_at(run_dir, run),
         seconds=seconds,
         **rates._asdict(),
     )
+
+
+def _last_result_at(run_dir: Path, run: RunFile) -> int | None:
+    """When the latest result was there. Once results are sorted by line, the last of them is not the latest."""
+    last = last_created(run_dir / RESULTS)
+    is_sorted = run.status.finished and (run.settings or {}).get("results_order") == "input"
+    return run.completed_at if last is not None and is_sorted else last
 
 
 def _state(run: RunFile, held: bool | None) -> State:

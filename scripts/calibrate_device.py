@@ -327,19 +327,22 @@ def nnls(a: Float, b: Float) -> Float:
     return x / scale
 
 
-def fit(units: Float, seconds: Float) -> Float:
+def fit(units: Float, seconds: Float, least: Float) -> Float:
     """Seconds of each unit, `[U]`: least squares of relative errors, in which long steps weigh more, as they make the
     time of a run, and outliers less (Huber's weights, by iteration).
 
     Args:
         units: `[N, U]`.
         seconds: `[N]`, of each step.
+        least: `[U]`, what a unit takes at the device's peak. Where units come together in all models measured, this
+            keeps the fit from giving one the time of another, which larger models have in other proportions.
     """
     relative = units / seconds[:, None]
+    beyond = 1 - relative @ least
     size = np.sqrt(seconds / seconds.mean())
     weight = size
     for _ in range(20):
-        constants = nnls(relative * weight[:, None], weight)
+        constants = least + nnls(relative * weight[:, None], beyond * weight)
         weight = size * np.sqrt(_OUTLIER / np.maximum(np.abs(relative @ constants - 1), _OUTLIER))
     return constants
 
@@ -457,7 +460,10 @@ def calibrate(name: str, dtypes: list[str], effort: Effort, folder: Path, tell: 
         held_out = [(benches[-1], job) for job in held_out_jobs(benches[-1].spec.vocab_size, effort.part)]
         measured = measure(jobs + held_out, effort.repeats)
         seen, unseen = measured[: len(jobs)], measured[len(jobs) :]
-        constants = fit(np.concatenate([job.units for job in seen]), np.concatenate([job.fastest for job in seen]))
+        operation = 1 / flops[dtype]
+        least = np.array([operation if unit.endswith("_operation") else 0.0 for unit in COST_UNITS])
+        units, seconds = (np.concatenate(c) for c in zip(*((job.units, job.fastest) for job in seen), strict=True))
+        constants = fit(units, seconds, least)
         tell(f"\n{dtype}, fitted:\n{table(seen, constants)}\n\n{dtype}, held out:\n{table(unseen, constants)}")
         errors = errors_of(unseen, constants)
         comments += [

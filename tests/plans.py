@@ -13,6 +13,7 @@ from batchrun.pipeline import Planned
 from batchrun.prefix.doctor import Diagnosis, Finding
 from batchrun.prefix.explain import ExplainedRequest, Explanation, PrefixRead, SharedRun, SharedRuns
 from batchrun.report.records import (
+    BoundSeconds,
     Estimate,
     GroupSummary,
     KvUse,
@@ -51,7 +52,10 @@ def a_report(**changes: Any) -> Report:
         seconds=Seconds(total=250.0, load=10.0, tokenize=5.0, plan=5.0, execute=225.0),
         throughput=Throughput(1.94, 1019.3, 31.07),
         expected=None,
-        step_seconds=StepSeconds(prefill=20.0, mixed=100.0, decode=60.0, tail=15.0, host=30.0, held_back=40.0),
+        bound=BoundSeconds(compute=45.0, memory=30.0, weights=20.0),
+        step_seconds=StepSeconds(
+            prefill=20.0, mixed=100.0, decode=60.0, tail=15.0, host=28.0, recovery=2.0, held_back=40.0
+        ),
         steps=300,
         rows=5000,
         kv=KvUse(page_size=16, pages=4096, peak_pages=3120),

@@ -81,7 +81,7 @@ def test_figures_follow_from_the_runs(measured):
             assert timed.spread == pytest.approx((max(execute) - min(execute)) / min(execute))
             tokens = timed.report.tokens
             assert timed.tokens_per_second * timed.seconds == pytest.approx(tokens.prompt_logical + tokens.output)
-            assert timed.bound_share * timed.seconds == pytest.approx(timed.report.expected.bound)
+            assert timed.bound_share * timed.seconds == pytest.approx(timed.report.bound.seconds)
             assert timed.disturbed == 0
         assert benched.speedup == pytest.approx(benched.unshared.seconds / benched.shared.seconds)
 
@@ -191,6 +191,15 @@ def test_a_wrong_argument_is_named(args, message, small, tmp_path, monkeypatch):
     assert done.exit_code == ExitCode.USAGE
     assert message in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_what_a_file_of_settings_says_for_jobs_of_ones_own_is_left_alone(small, tmp_path, scratch):
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text("mine\n")
+    changes = {"output": {"results": str(answers)}, "input": {"prompt_column": "text"}, "chat_template": "none.jinja"}
+    run_bench(load_config(model=small.model, **changes), ["none"], scale=0.1, repeats=1)
+    assert answers.read_text() == "mine\n"
+    assert not list(scratch.glob("batchrun-*"))
 
 
 # --- the command

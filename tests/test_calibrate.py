@@ -88,11 +88,21 @@ def test_a_fit_finds_the_constants_that_are_there():
     units = np.concatenate([steps(model, random, 300) for model in shapes])
     truth = np.array(CONSTANTS)
     truth[8] = 0
-    assert fit(units, units @ truth) == pytest.approx(truth, rel=1e-6, abs=1e-15)
+    nothing = np.zeros(truth.size)
+    assert fit(units, units @ truth, nothing) == pytest.approx(truth, rel=1e-6, abs=1e-15)
     disturbed = units @ truth * np.where(random.random(900) < 0.1, 3.0, 1.0)
-    found = units @ fit(units, disturbed)
+    found = units @ fit(units, disturbed, nothing)
     assert np.abs(found / (units @ truth) - 1).max() < 0.15
     assert np.abs(found / (units @ truth) - 1).mean() < 0.05
+
+
+def test_a_fit_stays_above_what_the_peaks_allow():
+    """Also where two units always come together, so that their times cannot be told apart."""
+    units, truth = np.array([[2.0, 1.0], [4.0, 2.0], [6.0, 3.0]]), np.array([0.5, 3.0])
+    free, bound = (fit(units, units @ truth, np.array(least)) for least in ((0.0, 0.0), (0.0, 2.9)))
+    assert units @ free == pytest.approx(units @ truth)
+    assert units @ bound == pytest.approx(units @ truth)
+    assert free[1] < 2.9 <= bound[1]
 
 
 def test_errors_are_shares_of_the_fastest_repeat():

@@ -68,7 +68,9 @@ def test_what_remains_fails_and_the_run_is_finished(flags, code, stopped, here, 
     assert report["errors"] == run["errors"]
     assert report["tokens"]["output"] > 0  # of the start that was stopped
     assert [w["code"] for w in report["warnings"] if w["code"] in ("closed", "stopped_early")] == ["closed"]
-    assert f"{failed} failed" in (here / "jobs.run" / "report.html").read_text(encoding="utf-8")
+    page = (here / "jobs.run" / "report.html").read_text(encoding="utf-8")
+    assert f"{failed} failed" in page
+    assert "Rows of each step" in page and "Planned and measured" in page  # of that start too
     assert batchrun("status", "jobs.run").exit_code == ExitCode.SOME_FAILED
 
     before = snapshot(here)

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import make_requests
 
+from batchrun import grammar as grammar_module
 from batchrun.engine.masks import Masks
 from batchrun.engine.sampler import Sampler
 from batchrun.grammar import GrammarError, Grammars
@@ -211,13 +212,14 @@ def test_what_cannot_be_compiled_says_why(grammar: Grammar, reason: str) -> None
         grammars.matcher(grammar)
 
 
-def test_a_grammar_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("kept", "compiled"), [(2, 2), (1, 6)])
+def test_a_grammar_is_compiled_once_as_long_as_it_is_kept(
+    monkeypatch: pytest.MonkeyPatch, kept: int, compiled: int
+) -> None:
+    monkeypatch.setattr(grammar_module, "_KEPT", kept)
     grammars = Grammars(VOCABULARY)
-    compiled = []
-    anew = grammars._compile_anew
-    monkeypatch.setattr(grammars, "_compile_anew", lambda grammar: compiled.append(grammar) or anew(grammar))
     for _ in range(3):
         for source in ("a+", "b+"):
             assert grammars.fault(Grammar("regex", source)) is None
             grammars.matcher(Grammar("regex", source))
-    assert compiled == [Grammar("regex", "a+"), Grammar("regex", "b+")]
+    assert grammars._compile.cache_info().misses == compiled

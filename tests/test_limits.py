@@ -157,3 +157,8 @@ def test_a_clock_for_requests_starts_with_their_first_step(monkeypatch):
     assert clock.late(SimpleNamespace(request=np.array([0, 2], dtype=np.int32)), np.array([0, 2])) == []
     now = 13.5
     assert clock.late(SimpleNamespace(request=np.array([0, 1, 2], dtype=np.int32)), np.array([0, 2])) == [0]
+    clock.forget()  # the worker was lost: nobody's time goes on while another is started
+    now = 99.0
+    assert clock.late(step, np.array([0, 1], dtype=np.int32)) == []
+    now = 102.5
+    assert clock.late(step, np.array([0, 1], dtype=np.int32)) == [0, 1]

@@ -217,7 +217,7 @@ def test_echo_with_logprobs_scores_the_prompt(run, reference):
     lines = [
         {"id": str(i), "prompt": prompt, **GREEDY, "logprobs": i, "echo": True} for i, prompt in enumerate(PROMPTS)
     ]
-    lines += [{**line, "id": f"only {line['id']}", "max_tokens": 0} for line in lines]
+    lines += [{**line, "id": f"only {line['id']}", "max_tokens": 0, "stop": ["e", " "]} for line in lines]
     lines += [{"id": "unscored", "prompt": PROMPTS[0], "echo": True, "max_tokens": 0}]
     found = run(lines)
     for i, prompt in enumerate(PROMPTS):

@@ -69,6 +69,23 @@ def test_a_part_of_a_job_stands_for_the_whole():
     assert 0 < expected.bound <= expected.seconds
 
 
+def test_a_group_that_is_larger_than_the_part_is_taken_in_part():
+    """Else a job whose prompts all begin alike would be simulated whole."""
+    job, _ = choose_order(prepared(kv_memory="1200KB"))
+    part = simulate(job, 7)
+    assert 0 < part.requests <= 7
+    assert part.scale > 10
+
+
+def test_the_probe_goes_first_in_whatever_order_is_chosen():
+    job = prepared(scheduler={"probe": 0.1})
+    chosen, _ = choose_order(job)
+    size = job.plan.probe
+    assert 20 < size == chosen.plan.probe
+    assert set(chosen.plan.order[:size].tolist()) == set(job.plan.order[:size].tolist())
+    assert sorted(chosen.plan.order.tolist()) == list(range(480))
+
+
 @pytest.mark.parametrize("device", ["h200", "h100", "a100"])
 def test_a_plan_for_a_device_that_is_not_here(device):
     job = prepared(device_spec=device, dtype="auto")

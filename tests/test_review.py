@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from html_page import Page, assert_self_contained, course_of
+from plans import a_report
 from prometheus_client.parser import text_string_to_metric_families
 from rich.cells import cell_len
 from typer.testing import CliRunner
 
+from batchrun import pipeline
 from batchrun.cli import app
 from batchrun.config import load_config
 from batchrun.formats.report import read_report, read_step_logs
 from batchrun.pipeline import run_job
 from batchrun.report.charts import scripts
+from batchrun.report.records import RequestCounts
+from batchrun.review import why_outdated
 
 LINES = 14
 
@@ -64,6 +71,9 @@ def test_what_was_measured_adds_up(done):
     steps = report.step_seconds
     assert steps is not None
     assert report.seconds.execute == pytest.approx(steps.device + steps.host)
+    assert steps.recovery == 0
+    assert steps.held_back == pytest.approx(last.columns["seconds"][last.columns["held_back"]].sum())
+    assert 0 < report.bound_share < 1
     assert report.slowest
     assert report.slowest[0].seconds == max(slow.seconds for slow in report.slowest)
     assert all(0 <= slow.first_step <= slow.last_step < report.steps for slow in report.slowest)
@@ -142,3 +152,56 @@ def test_a_run_without_a_report_says_so_and_has_metrics_still(done, tmp_path):
     assert "has no report.json" in told.output
     assert "batchrun_lines" in file.read_text("utf-8")
     assert call(str(tmp_path / "nothing")).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("state", "completed", "words"),
+    [
+        ("finished", 478, None),
+        ("running", 478, "the run is going on"),
+        ("died", 479, "ended without a report"),
+        ("stopped", 479, "ended without a report"),
+    ],
+)
+def test_a_report_of_a_start_before_the_latest_is_told_from_one_of_it(state, completed, words):
+    report = replace(a_report(), request_counts=RequestCounts(490, 478, 2, 10))
+    counts = RequestCounts(490, completed, 2, 488 - completed)
+    why = why_outdated(report, SimpleNamespace(state=state, request_counts=counts))
+    assert (why is None) == (words is None)
+    assert words is None or words in why
+
+
+def test_a_start_after_the_one_with_the_report_that_was_killed_is_told_of(done, tmp_path):
+    """Its results are there, and its report is not."""
+    copy = tmp_path / "copy.run"
+    shutil.copytree(done, copy)
+    report = json.loads((copy / "report.json").read_bytes())
+    report["request_counts"]["completed"] -= 1
+    report["request_counts"]["remaining"] += 1
+    (copy / "report.json").write_text(json.dumps(report))
+    told = call(str(copy))
+    assert "A start after the one that this report is of ended without a report" in " ".join(told.output.split())
+    assert call(str(copy), "--quiet", "--prometheus", str(tmp_path / "a.prom")).output == ""
+    metrics = (tmp_path / "a.prom").read_text()
+    assert "batchrun_lines" in metrics and "batchrun_prompt_tokens_total" not in metrics
+    assert call(str(copy), "--html", str(tmp_path / "a.html")).exit_code == 0
+    assert "ended without a report" in (tmp_path / "a.html").read_text(encoding="utf-8")
+
+
+def test_a_start_that_finds_nothing_left_keeps_the_report(tmp_path, model_dir, monkeypatch):
+    """As where the one before was killed when all answers were there, while results were put in order."""
+    job = tmp_path / "jobs.jsonl"
+    job.write_text("".join(json.dumps({"id": f"r{i}", "prompt": "one two", "max_tokens": 3}) + "\n" for i in range(4)))
+    config = load_config(model=str(model_dir()), results_order="input", out=tmp_path / "jobs.run")
+
+    def killed(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "sort_results", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_job(str(job), config)
+    before = read_report(tmp_path / "jobs.run" / "report.json")
+    assert before.tokens.output == 3  # the others are duplicates
+    assert run_job(str(job), config).report == before == read_report(tmp_path / "jobs.run" / "report.json")
+    assert "Rows of each step" in (tmp_path / "jobs.run" / "report.html").read_text(encoding="utf-8")

@@ -4,6 +4,7 @@ is calls of the functions that were asked for, with arguments by their schemas."
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,9 @@ def test_finished_answers_are_the_calls_that_were_wanted(tool_model, tmp_path, t
             assert len(choice.message.tool_calls) == 1
         if kind in SCHEMAS:
             assert choice.message.tool_calls[0].function.name == kind
+    reasons = Counter(only_choice(body).finish_reason for body in found.values())
+    [report] = tmp_path.glob("*.run/report.json")
+    assert json.loads(report.read_bytes())["finish_reasons"] == reasons
     assert "cut" not in finished
     assert set(finished) >= {"required", "one", *SCHEMAS}
     cut = only_choice(found["cut 0"])

@@ -255,7 +255,8 @@ class Sampler:
         answer_token = past.token_ids.astype(np.int64)
         if repeats.any():
             tokens, rows = self._requests.tokens, np.flatnonzero(repeats)
-            begin, length = tokens.offsets[requests[rows]], tokens.lengths[requests[rows]]
+            begin, end = tokens.offsets[requests[rows]], tokens.offsets[requests[rows] + 1]
+            length = end - begin
             of_answer = repeats[answer_row]
             row = np.concatenate((np.repeat(rows, length), answer_row[of_answer]))
             arrays["seen_row"], arrays["seen_settings"] = row, settings[row].astype(np.int64)

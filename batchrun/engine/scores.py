@@ -57,10 +57,13 @@ class PromptScores:
             return None
         wanted = np.where(step.request >= 0, self._wanted[self._requests.sampling_id[step.request]], -1)
         chunks = np.flatnonzero(wanted >= 0)
+        if not chunks.size:
+            return None
         request, begin = step.request[chunks], (step.depth + step.start)[chunks].astype(np.int64)
         tokens = self._requests.tokens
         # The last token of a prompt has none of the prompt behind it.
-        count = np.clip(np.minimum(begin + step.length[chunks], tokens.lengths[request] - 1) - begin, 0, None)
+        last = tokens.offsets[request + 1] - tokens.offsets[request] - 1
+        count = np.clip(np.minimum(begin + step.length[chunks], last) - begin, 0, None)
         if not count.any():
             return None
         first = (np.cumsum(step.length, dtype=np.int64) - step.length)[chunks]

@@ -68,10 +68,12 @@ class LineCollector:
         reason: FinishReason,
         logprobs: Logprobs | None = None,
         prompt: PromptLogprobs | None = None,
-    ) -> int:
-        """Give an answer to all lines that ask for it; returns how often it was asked for."""
+    ) -> list[FinishReason]:
+        """Give an answer to all lines that ask for it; returns why it ended, as each of those that have not failed says
+        it."""
         rows = self._rows(finished.request)
         sampling = self._requests.sampling[self._requests.sampling_id[finished.request]]
+        reasons = []
         of_prompt = {"prompt": prompt, "echo": sampling.echo, "prompt_logprobs": sampling.prompt_logprobs}
         for row in rows:
             cached = finished.cached_tokens if row == rows[0] else prompt_tokens
@@ -79,8 +81,10 @@ class LineCollector:
             result = Result(row, text, finished.token_ids, reason, usage, logprobs, **of_prompt)
             if ENDPOINTS[self._answers.endpoints[self._answers.line[row]]] is Endpoint.CHAT:
                 result = self._taken_apart(finished, result)
-            self._add(result)
-        return len(rows)
+            if int(self._answers.line[row]) not in self._failed:
+                self._add(result)
+                reasons.append(result.finish_reason)
+        return reasons
 
     def fail(self, request: int, code: str, message: str, *, attempts: int) -> int:
         """A request gives no answer, and so the lines that ask for it get none; returns how many had not failed yet."""
@@ -124,8 +128,6 @@ class LineCollector:
 
     def _add(self, result: Result) -> None:
         answers, line = self._answers, int(self._answers.line[result.index])
-        if line in self._failed:
-            return
         results = self._partial.setdefault(line, [])
         results.append(result)
         if len(results) < self._missing[line]:

@@ -42,7 +42,7 @@ class Limits:
 
 
 class RequestClock:
-    """How long requests have been under way, from their first step.
+    """How long requests have been under way, from their first step, or the first after the worker was lost.
 
     Args:
         requests: how many there are.
@@ -52,6 +52,10 @@ class RequestClock:
     def __init__(self, requests: int, limit: float) -> None:
         self.limit = limit
         self._began = np.full(requests, np.nan)
+
+    def forget(self) -> None:
+        """The worker was lost, and has to be started again: who was under way is so anew from their next step."""
+        self._began[:] = np.nan
 
     def late(self, step: Step, under_way: npt.NDArray[np.int32]) -> list[int]:
         """Requests of a step that was computed which have taken too long.

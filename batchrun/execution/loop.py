@@ -24,11 +24,13 @@ class LoopEnd:
         log: a record of each step.
         padded_rows: rows computed beyond those of the steps.
         stopped: whether it was told to stop before every request had its answer.
+        recovery: seconds until a worker that was lost was known to be, and another was there.
     """
 
     log: StepLog
     padded_rows: int
     stopped: bool
+    recovery: float = 0.0
 
 
 def run_loop(
@@ -59,21 +61,22 @@ def run_loop(
         BatchrunError: as `Recovery.crashed`.
     """
     log = StepLog() if log is None else log
-    padded = 0
-    in_flight: deque[tuple[Step, int, int, int]] = deque()
+    padded, spent = 0, 0.0
+    in_flight: deque[tuple[Step, int, int, int, bool]] = deque()
     while True:
         stopping = should_stop()
         began, waited = perf_counter(), 0.0
         try:
             while not stopping and len(in_flight) < scheduler.depth and (step := scheduler.schedule()) is not None:
-                in_flight.append((step, scheduler.pool.num_used, scheduler.num_running, scheduler.num_waiting))
+                pages, held_back = scheduler.pool.num_used, scheduler.held_back
+                in_flight.append((step, pages, scheduler.num_running, scheduler.num_waiting, held_back))
                 submitted = perf_counter()
                 worker.submit(step)
                 waited += perf_counter() - submitted
             if not in_flight:
                 if not stopping and recovery is not None and recovery.widen():
                     continue
-                return LoopEnd(log, padded, stopped=stopping and not scheduler.done)
+                return LoopEnd(log, padded, stopped=stopping and not scheduler.done, recovery=spent)
             submitted = perf_counter()
             output = worker.collect()
             waited += perf_counter() - submitted
@@ -83,8 +86,9 @@ def run_loop(
             in_flight.clear()
             recovery.crashed(str(lost), killed=lost.killed)
             worker.restart()
+            spent += perf_counter() - began
             continue
-        step, pages_used, running, waiting = in_flight.popleft()
+        step, pages_used, running, waiting, held_back = in_flight.popleft()
         on_output(step, output)
         finished = scheduler.update(step, output, watch)
         decodes = int(((step.num_sampled > 0) & step.samples & (step.length == 1)).sum())
@@ -101,6 +105,7 @@ def run_loop(
                 host_seconds=perf_counter() - began - waited,
                 running=running,
                 waiting=waiting,
+                held_back=held_back,
             )
         )
         for answer in finished:
@@ -115,10 +120,12 @@ def run_loop(
                 raise AssertionError(cause)
             recovery.stuck(int(step.request[step.samples][place]), cause)
         unsound = step.request[step.samples][no_numbers]
-        unsound = unsound[np.isin(unsound, scheduler.requests_in_steps())] if unsound.size else unsound
+        unsound = unsound[np.isin(unsound, scheduler.requests_begun())] if unsound.size else unsound
         if unsound.size:
             if recovery is None:
                 raise AssertionError("logits that are no numbers")
             in_flight.clear()
+            lost_at = perf_counter()
             recovery.no_numbers(unsound.tolist())
             worker.restart()
+            spent += perf_counter() - lost_at

@@ -29,12 +29,19 @@ class Recovery:
     Args:
         scheduler: of the run.
         on_quarantined: told of a request that is left out, of how many times it was tried, and why.
+        on_lost: called each time that the worker was lost.
     """
 
-    def __init__(self, scheduler: Scheduler, on_quarantined: Callable[[int, int, str], None]) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        on_quarantined: Callable[[int, int, str], None],
+        on_lost: Callable[[], None] = lambda: None,
+    ) -> None:
         self.crashes = 0
         self._scheduler = scheduler
         self._on_quarantined = on_quarantined
+        self._on_lost = on_lost
         self._seen: Counter[int] = Counter()  # by request, how often it was there when a worker was lost
         self._alone: Counter[int] = Counter()  # of these, how often it was there alone
         self._unsound: Counter[int] = Counter()  # and how often its logits were no numbers
@@ -104,6 +111,7 @@ class Recovery:
     def _count(self, cause: str) -> None:
         self.crashes += 1
         self._in_a_row += 1
+        self._on_lost()
         log.warning("the worker was lost (%s time): %s", self.crashes, cause)
         if self._in_a_row >= _GIVE_UP:
             raise BatchrunError(

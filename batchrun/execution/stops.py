@@ -43,7 +43,8 @@ class TextStops:
     def __init__(self, tokenizer: Tokenizer, requests: Requests) -> None:
         self._tokenizer = tokenizer
         self._requests = requests
-        self._with_stop = np.array([bool(s.stop) for s in requests.sampling], dtype=bool)
+        # One that is asked for its prompt alone samples a token, which is no part of its text.
+        self._with_stop = np.array([bool(s.stop) and not s.prompt_only for s in requests.sampling], dtype=bool)
         self._watched: dict[int, _Watched] = {}
 
     def watch(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,12 +12,14 @@ import numpy as np
 import orjson
 
 from batchrun.errors import RunDirError
+from batchrun.formats.plan import PLAN, PlanFile, read_plan
 from batchrun.formats.results import encode_json
 from batchrun.formats.rundir import cut_torn_tail, document, output_errors, read_document, write_json_atomic
-from batchrun.report.records import Report, StepLog, StepRecord
+from batchrun.report.records import Report, StartSummary, StepLog, StepRecord, sum_up
 from batchrun.schedule.step import Step
 
 REPORT, STEPS = "report.json", "steps.jsonl"
+_RECORD = b'"record":'
 
 
 def write_report(path: Path, report: Report) -> None:
@@ -141,16 +144,50 @@ def read_step_logs(path: Path) -> list[StepLog]:
     logs: list[StepLog] = []
     if not path.exists():
         return logs
-    for number, step in enumerate(read_steps(path), start=1):
-        try:
-            record = StepRecord(**step["record"])
-            if not logs or record.index <= logs[-1][-1].index:
-                logs.append(StepLog())
-            logs[-1].append(record)
-        except (KeyError, TypeError, ValueError) as error:
-            raise RunDirError(
-                f"{path}: line {number} has no sound record: {error}",
-                hint="The results do not depend on it: remove the file to have a report without a log of the steps.",
-                code="run_dir_unsound",
-            ) from error
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            if not raw.endswith(b"\n"):
+                return logs
+            try:
+                # It is the last of a line, most of which are columns with an entry for each sequence of the step.
+                record = StepRecord(**orjson.loads(raw[raw.rindex(_RECORD) + len(_RECORD) : -2]))
+                if not logs or record.index <= logs[-1][-1].index:
+                    logs.append(StepLog())
+                logs[-1].append(record)
+            except (TypeError, ValueError) as error:
+                raise RunDirError(
+                    f"{path}: line {number} has no sound record: {error}",
+                    hint="The results do not depend on it: remove the file to have a report without a log of the "
+                    "steps.",
+                    code="run_dir_unsound",
+                ) from error
     return logs
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """How a run went, as far as its directory tells.
+
+    Attributes:
+        plan: that its latest start followed; None where there is none.
+        steps: of this start; empty where they were not logged.
+        starts: what the steps of each start did, the first start first.
+    """
+
+    plan: PlanFile | None
+    steps: StepLog
+    starts: tuple[StartSummary, ...]
+
+
+def read_course(run_dir: Path, report: Report) -> Course:
+    """Read what a run's directory has beside its report.
+
+    Raises:
+        RunDirError: a file is not sound.
+    """
+    plan = read_plan(run_dir / PLAN) if (run_dir / PLAN).is_file() else None
+    if plan is not None and plan.expected != report.expected:  # it is of another start
+        plan = None
+    logs = read_step_logs(run_dir / STEPS)
+    latest = next((log for log in reversed(logs) if len(log) == report.steps), StepLog(1))
+    return Course(plan, latest, tuple(map(sum_up, logs)))

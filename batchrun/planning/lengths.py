@@ -24,6 +24,16 @@ _PRIOR = 4  # answers of a group that weigh as much as what is known of the requ
 _REMEMBERED = 2048  # answers that the conditional mean looks at (Tokasaurus)
 
 
+def known_lengths(requests: Requests) -> npt.NDArray[np.bool_]:
+    """Which answers have as many tokens as their limit says, bool `[R]`."""
+    return requests.ignore_eos | (requests.max_new_tokens == 1)
+
+
+def _used(path: Int32) -> Int32:
+    """The columns of `[F, L]` paths that any of them reaches, as rows; the others are -1 in all."""
+    return path[:, : int((path >= 0).sum(axis=1).max(initial=0))].T
+
+
 class OutputLengths:
     """Expected lengths of answers, learnt as answers finish.
 
@@ -32,7 +42,7 @@ class OutputLengths:
     """
 
     def __init__(self, requests: Requests, groups: PrefixGroups | None = None, first_guess: int = FIRST_GUESS) -> None:
-        self.exact = requests.ignore_eos
+        self.exact = known_lengths(requests)
         self._limit = requests.max_new_tokens
         self._hint = requests.expected_tokens
         self._first_guess = first_guess
@@ -59,7 +69,7 @@ class OutputLengths:
         self._sorted = None
         self._seen[-1] += lengths.size
         self._tokens[-1] += lengths.sum()
-        for path in self._path[self._group[requests]].T:
+        for path in _used(self._path[self._group[requests]]):
             np.add.at(self._seen, path[path >= 0], 1)
             np.add.at(self._tokens, path[path >= 0], lengths[path >= 0])
 
@@ -70,7 +80,7 @@ class OutputLengths:
             # From the job's mean down to that of the deepest group, each drawn towards the one above it.
             mean = np.full(limit.shape, self._tokens[-1] / self._seen[-1])
             group = self._group[requests]
-            for path in self._path[group].T:
+            for path in _used(self._path[group]):
                 inside = path >= 0
                 seen, tokens = self._seen[path[inside]], self._tokens[path[inside]]
                 mean[inside] = (tokens + _PRIOR * mean[inside]) / (seen + _PRIOR)

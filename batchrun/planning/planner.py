@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from batchrun.errors import UsageError
 from batchrun.planning.cost import CostModel
-from batchrun.planning.lengths import FIRST_GUESS, OutputLengths
+from batchrun.planning.lengths import FIRST_GUESS, OutputLengths, known_lengths
 from batchrun.planning.memory import MemoryBudget
 from batchrun.planning.order import AUTO, ORDERS, OrderContext, choose_probe
 from batchrun.prefix.forest import PrefixForest
@@ -82,8 +82,7 @@ def make_plan(
     ):
         if name not in known:
             raise UsageError(f"there is no {flag} {name!r}", hint=f"choose one of: {', '.join(known)}")
-    lengths = OutputLengths(requests, first_guess=options.first_guess)
-    expected = lengths.expected()
+    expected = OutputLengths(requests, first_guess=options.first_guess).expected()
     costs = cost.group_costs()
     groups = choose_groups(
         forest, requests.tokens, grouping=options.grouping, expected_new_tokens=expected, costs=costs
@@ -102,10 +101,15 @@ def make_plan(
         prompt_physical=forest.prompt_physical,
         saving=forest.saving,
     )
-    probe = choose_probe(~lengths.exact, options.probe, options.seed)
-    order = order_requests(plan, requests, expected)
-    order = np.concatenate((order[np.isin(order, probe)], order[~np.isin(order, probe)]))
-    return replace(plan, order=order, probe=probe.size)
+    return in_order(plan, requests)
+
+
+def in_order(plan: Plan, requests: Requests) -> Plan:
+    """The plan with its requests in the order that its options say, the probe before all others."""
+    probe = choose_probe(~known_lengths(requests), plan.options.probe, plan.options.seed)
+    order = order_requests(plan, requests, plan.expected_new_tokens)
+    first = np.isin(order, probe)
+    return replace(plan, order=np.concatenate((order[first], order[~first])), probe=probe.size)
 
 
 def order_requests(plan: Plan, requests: Requests, expected_new_tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:

@@ -1,7 +1,7 @@
 """Charts of steps over time on a page, drawn by uPlot, which the page carries with it.
 
 What is drawn is data of the page, numbers and our own words alone. Of many steps some are drawn as one: areas are their
-means and lines the most of them, so that no peak is lost.
+means over time and lines the most of them, so that no peak is lost.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _columns(steps: npt.NDArray[np.void]) -> dict[str, npt.NDArray[Any]]:
     ends = np.concatenate(([0.0], np.cumsum(seconds)))[edges]
 
     def mean(name: str) -> Float:
-        return np.add.reduceat(steps[name], first) / count
+        return np.add.reduceat(steps[name] * seconds, first) / np.maximum(np.add.reduceat(seconds, first), 1e-300)
 
     def most(name: str) -> npt.NDArray[np.int64]:
         return np.maximum.reduceat(steps[name], first)
@@ -122,7 +122,7 @@ def _columns(steps: npt.NDArray[np.void]) -> dict[str, npt.NDArray[Any]]:
 
 
 def _short(column: npt.NDArray[Any]) -> list[float] | list[int]:
-    """Six digits of times; four of means, and every digit of what is whole."""
+    """Six digits of times and means, and every digit of what is whole."""
     if column.dtype.kind == "i":
         return column.tolist()
     scale = 10.0 ** (5 - np.floor(np.log10(np.maximum(np.abs(column), 1e-12))))

@@ -27,6 +27,7 @@ from batchrun.report.records import GroupSummary, Report, SlowRequest, StartSumm
 from batchrun.report.wording import (
     KIND_NAMES,
     duration,
+    group_rows,
     outcome,
     percent,
     planned_and_measured,
@@ -50,6 +51,7 @@ _COLOURS = {
     "decode": "orange",
     "tail": "yellow",
     "host": "red",
+    "recovery": "soft",
     "other": "grey",
 }
 
@@ -70,10 +72,12 @@ def render_page(
     """
     counts = report.request_counts
     limited = what_limited(report, plan)
+    resumed = any(warned.code == "resumed" for warned in report.warnings)
     return render(
         title=outcome(counts),
         tone="bad" if counts.failed else "warn" if counts.remaining else "good",
-        subject=f"{report.model} on {report.device} in {report.dtype}, {report.schedule_order} order",
+        subject=f"{report.model} on {report.device} in {report.dtype}, {report.schedule_order} order"
+        + ("; tokens, times and steps are those of the latest start" if resumed else ""),
         tiles=list(_tiles(report)),
         sections=[
             section("What limited the run", f"<p>{text(limited.words)}</p>") if limited is not None else "",
@@ -98,8 +102,7 @@ def render_page(
 
 def _tiles(report: Report) -> Iterable[str]:
     counts, tokens, total = report.request_counts, report.tokens, report.seconds.total
-    throughput, kv, execute = report.throughput, report.kv, report.seconds.execute
-    share = report.expected.bound / execute if report.expected is not None and execute else None
+    throughput, kv, share = report.throughput, report.kv, report.bound_share
     yield tile(f"{counts.completed:,}", f"requests answered, of {counts.total:,}")
     yield tile(f"{tokens.prompt_logical:,}", "prompt tokens")
     yield tile(percent(report.saving), "of them saved by sharing")
@@ -108,9 +111,7 @@ def _tiles(report: Report) -> Iterable[str]:
     yield tile(_known(throughput.requests_per_second), "requests/s")
     yield tile(_known(throughput.input_tokens_per_second), "input tokens/s")
     yield tile(_known(throughput.output_tokens_per_second), "output tokens/s")
-    yield tile(
-        "–" if share is None or counts.remaining else percent(share), "of the bound: the device's peaks for this plan"
-    )
+    yield tile("–" if share is None else percent(share), "of the bound: the device's peaks for these steps")
     yield tile(f"{kv.peak_pages:,}", f"KV pages at peak, of {kv.pages:,}")
 
 
@@ -161,25 +162,17 @@ def _starts(starts: Sequence[StartSummary]) -> str:
     if len(starts) < 2:
         return ""
     head, rows = start_rows(starts)
-    words = note("As far as the starts have logged their steps. All else on this page is of the last one.")
+    words = note(
+        "As far as the starts have logged their steps. All else on this page is of the last one, but for the numbers "
+        "of requests and of errors."
+    )
     return section(plural(len(starts), "start"), table(("name", *("number",) * 6), head, rows, len(rows)) + words)
 
 
 def _groups(groups: Sequence[GroupSummary], prompt_tokens: int) -> str:
     if not groups:
         return ""
-    rows = [
-        (
-            f"{group.id:,}",
-            f"{group.prefix_tokens:,}",
-            f"{group.requests:,}",
-            f"{spared:,}",
-            percent(spared / max(prompt_tokens, 1)),
-        )
-        for group in groups
-        for spared in [group.prefix_tokens * (group.requests - 1)]
-    ]
-    head = ("group", "prefix tokens", "requests", "tokens spared", "saved")
+    head, rows = group_rows(groups, prompt_tokens)
     words = note(
         "Saved: of all prompt tokens. Where one group is part of another, what they have in common counts twice."
     )

@@ -74,7 +74,7 @@ def _of_progress(progress: RunProgress) -> list[tuple[str, str, str, Samples]]:
 
 def _of_report(report: Report) -> list[tuple[str, str, str, Samples]]:
     tokens, kv, throughput, steps = report.tokens, report.kv, report.throughput, report.step_seconds
-    expected, execute = report.expected, report.seconds.execute
+    expected = report.expected
     prompts = {
         "logical": tokens.prompt_logical,
         "physical": tokens.prompt_physical,
@@ -123,8 +123,8 @@ def _of_report(report: Report) -> list[tuple[str, str, str, Samples]]:
         (
             "batchrun_bound_ratio",
             "gauge",
-            "The least time that the device's peaks allow, of the time of the steps.",
-            [({}, expected.bound / execute if expected is not None and execute else None)],
+            "The least time that the device's peaks allow for what was run, of the time that it took.",
+            [({}, report.bound_share)],
         ),
         (
             "batchrun_prompt_tokens_total",

@@ -33,6 +33,7 @@ class StepRecord:
         host_seconds: time to schedule it and to take in what it brought.
         running: requests under way when it was made.
         waiting: requests that were not let in yet, or wait to be computed again.
+        held_back: whether it had room for rows of one of these, and the KV memory was spoken for.
     """
 
     index: int
@@ -45,6 +46,7 @@ class StepRecord:
     host_seconds: float = 0.0
     running: int = 0
     waiting: int = 0
+    held_back: bool = False
 
 
 _STEP_COLUMNS = np.dtype(
@@ -59,6 +61,7 @@ _STEP_COLUMNS = np.dtype(
         ("host_seconds", np.float64),
         ("running", np.int64),
         ("waiting", np.int64),
+        ("held_back", np.bool_),
     ]
 )
 _step_row = attrgetter(*(_STEP_COLUMNS.names or ()))
@@ -157,6 +160,7 @@ class StepSeconds:
         decode: steps of answers alone, but for the tail.
         tail: steps of answers alone when nothing waits any more and less than half of the most requests are under way.
         host: what the steps themselves do not account for: scheduling, writing, the way to the worker.
+        recovery: finding that the worker was lost, and starting it again.
         held_back: of the steps above, those that had room for more rows while requests waited: the KV memory was spoken
             for.
     """
@@ -166,6 +170,7 @@ class StepSeconds:
     decode: float
     tail: float
     host: float
+    recovery: float
     held_back: float
 
     @property
@@ -174,19 +179,17 @@ class StepSeconds:
         return self.prefill + self.mixed + self.decode + self.tail
 
 
-def step_seconds(steps: npt.NDArray[np.void], execute: float, step_tokens: int) -> StepSeconds:
+def step_seconds(steps: npt.NDArray[np.void], execute: float, recovery: float) -> StepSeconds:
     """Sort the time of steps by what they did.
 
     Args:
         steps: `[steps]` as in `StepLog.columns`.
         execute: seconds that they took in all, with what lay between them.
-        step_tokens: rows that a step is filled up to.
+        recovery: as in `StepSeconds`; part of `execute`.
     """
     seconds, prefill = steps["seconds"], steps["prefill_rows"] > 0
     answers = steps["decode_rows"] > 0
     few = (steps["waiting"] == 0) & (2 * steps["running"] < steps["running"].max(initial=0))
-    # Whoever waits is let in as soon as the step has rows for it and the pool has pages.
-    held_back = (steps["waiting"] > 0) & (steps["rows"] < step_tokens)
 
     def spent(chosen: npt.NDArray[np.bool_]) -> float:
         return float(seconds[chosen].sum())
@@ -196,8 +199,9 @@ def step_seconds(steps: npt.NDArray[np.void], execute: float, step_tokens: int) 
         mixed=spent(prefill & answers),
         decode=spent(~prefill & ~few),
         tail=spent(~prefill & few),
-        host=max(execute - float(seconds.sum()), 0.0),
-        held_back=spent(held_back),
+        host=max(execute - recovery - float(seconds.sum()), 0.0),
+        recovery=recovery,
+        held_back=spent(steps["held_back"]),
     )
 
 
@@ -238,7 +242,7 @@ def sum_up(log: StepLog) -> StartSummary:
 class Throughput:
     """What was done per second of `Seconds.execute`; None where nothing was executed."""
 
-    requests_per_second: float | None = None
+    requests_per_second: float | None = None  # lines that got all of their answers
     input_tokens_per_second: float | None = None  # prompt tokens, shared or not, of the requests answered
     output_tokens_per_second: float | None = None
 
@@ -282,6 +286,26 @@ class Estimate:
     def bound(self) -> float:
         """The least time that the device's peaks allow."""
         return max(self.bound_compute, self.bound_memory)
+
+
+@dataclass(frozen=True, slots=True)
+class BoundSeconds:
+    """The least time that the device's peaks allow for the steps that were run.
+
+    Attributes:
+        compute: for matrix operations.
+        memory: for reading and writing memory.
+        weights: of `memory`, what reading the weights once a step takes.
+    """
+
+    compute: float
+    memory: float
+    weights: float
+
+    @property
+    def seconds(self) -> float:
+        """The longer of the two."""
+        return max(self.compute, self.memory)
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,7 +377,8 @@ class Report:
         duplicates: answers that were not computed, since that of another request must be the same.
         tokens, saving: what was computed, and the share of prompt tokens that sharing spared.
         seconds, throughput: time and rates; None where unknown.
-        expected: how long the steps were expected to take; None where nothing was run.
+        expected: how long the steps of the whole plan were expected to take; None where nothing was run.
+        bound: the least time of those that were run; None where nothing was.
         step_seconds: what the steps' time went to; None where nothing was run.
         steps: forward passes.
         rows: tokens that they computed.
@@ -381,6 +406,7 @@ class Report:
     seconds: Seconds
     throughput: Throughput
     expected: Estimate | None
+    bound: BoundSeconds | None
     step_seconds: StepSeconds | None
     steps: int
     rows: int
@@ -401,6 +427,12 @@ class Report:
     device: str
     dtype: str
     environment: dict[str, Any]
+
+    @property
+    def bound_share(self) -> float | None:
+        """The least time that the device's peaks allow for what was run, as a share of the time it took."""
+        execute = self.seconds.execute
+        return self.bound.seconds / execute if self.bound is not None and execute else None
 
 
 def largest_groups(groups: Iterable[GroupSummary], limit: int = GROUPS_SHOWN) -> tuple[GroupSummary, ...]:

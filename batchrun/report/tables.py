@@ -21,14 +21,15 @@ from batchrun.report.plots import Float, Glyphs, course, framed, glyphs, plot
 from batchrun.report.records import KvUse, OrderTried, Report, TokenCounts, Warned
 from batchrun.report.wording import (
     KIND_NAMES,
-    as_expected,
     bench_notes,
     bench_title,
+    beside_execute,
     check_title,
     duration,
     estimated_from,
     explained,
     found,
+    group_rows,
     limited_by,
     nothing_found,
     outcome,
@@ -71,7 +72,7 @@ _TOO_LARGE = "context_length_exceeded"
 _CODES_SHOWN = 6
 _FAULTS_IN_CHECK = 20
 _WARNINGS_SHOWN = 5
-_SLOWEST_SHOWN = 10
+_SLOWEST_SHOWN = _GROUPS_SHOWN = 10
 
 
 class _Row(NamedTuple):
@@ -101,8 +102,8 @@ def print_summary(console: Console, report: Report, run_dir: Path, results: str 
     counts, seconds, throughput = report.request_counts, report.seconds, report.throughput
     style = "bold red" if counts.failed else "bold yellow" if counts.remaining else "bold green"
     times = [_Row(duration(spent), stage) for stage, spent in stages(seconds)]
-    if report.expected is not None and seconds.execute is not None and not counts.remaining:
-        times.append(_Row("", as_expected(report.expected, seconds.execute)))
+    if (beside := beside_execute(report)) is not None:
+        times.append(_Row("", beside))
     if seconds.total is not None:
         times.append(_Row(duration(seconds.total), "total"))
     rates = (
@@ -114,6 +115,10 @@ def print_summary(console: Console, report: Report, run_dir: Path, results: str 
         f"idle rows, {report.padded_rows:,} padded rows, {plural(report.preemptions, 'preemption')}, "
         f"{plural(report.prefix_evictions, 'eviction')}"
     )
+    if report.memory_retries:
+        lost += f", {plural(report.memory_retries, 'step')} cut for memory"
+    if report.worker_restarts:
+        lost += f", {plural(report.worker_restarts, 'worker restart')}"
     groups = [
         _Row(f"{group.requests:,}", f"requests share their first {plural(group.prefix_tokens, 'token')}")
         for group in report.groups[:_GROUPS_IN_SUMMARY]
@@ -156,9 +161,10 @@ def print_report(console: Console, review: Review, steps: npt.NDArray[np.void]) 
         steps: of its latest start, `[steps]` as in `StepLog.columns`; may be empty.
     """
     report = review.report
-    if review.progress.state == "running":
-        _print_hanging(console, Text(), "This run is going on; its report is of the start before.", "bold yellow")
-        _print(console, Text())
+    for warned in report.warnings:
+        if warned.code == "outdated":
+            _print_hanging(console, Text(), f"{warned.message[0].upper()}{warned.message[1:]}.", "bold yellow")
+            _print(console, Text())
     print_summary(console, report, Path(review.run_dir))
     if review.limited_by is not None:
         _print(console, Text())
@@ -181,6 +187,10 @@ def print_report(console: Console, review: Review, steps: npt.NDArray[np.void]) 
     if steps.size:
         _print(console, Text())
         _print_plots(console, steps, report.kv, glyphs(console.encoding), requests=True)
+    if report.groups:
+        _print(console, Text())
+        head, lines = group_rows(report.groups[:_GROUPS_SHOWN], report.tokens.prompt_logical)
+        _print_table(console, head[1:], [line[1:] for line in lines], ["largest groups", *(line[0] for line in lines)])
     if report.slowest:
         _print(console, Text())
         requests = [

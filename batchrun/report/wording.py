@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from batchrun.report.records import Estimate, Report, RequestCounts, Seconds, StartSummary
+from batchrun.report.records import Estimate, GroupSummary, Report, RequestCounts, Seconds, StartSummary
 
 if TYPE_CHECKING:
     from batchrun.bench import Bench
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from batchrun.status import RunProgress
 
 STAGES = ("load", "tokenize", "plan", "execute")
-STEP_KINDS = ("prefill", "mixed", "decode", "tail", "host")
-KIND_NAMES = {"mixed": "prefill and decode", "host": "host and waiting for it"}
+STEP_KINDS = ("prefill", "mixed", "decode", "tail", "host", "recovery")
+KIND_NAMES = {"mixed": "prefill and decode", "host": "host and waiting for it", "recovery": "lost workers"}
 
 
 def outcome(counts: RequestCounts) -> str:
@@ -98,7 +98,7 @@ def planned_and_measured(report: Report, plan: PlanFile) -> list[tuple[str, str,
         (
             "  at the device's peaks",
             duration(expected.bound),
-            "–" if not execute or report.request_counts.remaining else f"{percent(expected.bound / execute)} of it",
+            "–" if report.bound is None else duration(report.bound.seconds),
         ),
         ("steps", f"{plan.steps:,}", f"{report.steps:,}"),
         ("rows", f"{plan.rows:,}", f"{report.rows:,}"),
@@ -106,6 +106,20 @@ def planned_and_measured(report: Report, plan: PlanFile) -> list[tuple[str, str,
         ("output tokens", f"{plan.tokens.output:,}", f"{report.tokens.output:,}"),
         ("KV pages at peak", f"{plan.kv.peak_pages:,}", f"{report.kv.peak_pages:,}"),
     ]
+
+
+def group_rows(groups: Sequence[GroupSummary], prompt_tokens: int) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """What prefix-sharing groups spare: head and rows of a table.
+
+    Args:
+        prompt_tokens: of the whole job.
+    """
+    rows = []
+    for group in groups:
+        spared = group.prefix_tokens * (group.requests - 1)
+        counts = (group.id, group.prefix_tokens, group.requests, spared)
+        rows.append((*(f"{count:,}" for count in counts), percent(spared / max(prompt_tokens, 1))))
+    return ("group", "prefix tokens", "requests", "tokens spared", "saved"), rows
 
 
 def start_rows(starts: Sequence[StartSummary]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -404,7 +418,11 @@ def bench_notes(bench: Bench) -> Iterator[str]:
 # --- runs that have ended ---
 
 
-def as_expected(expected: Estimate, execute: float) -> str:
-    """Expected beside measured: "expected 480 ms; at the device's peaks 210 ms, 43 % of it"."""
-    bound = f"at the device's peaks {duration(expected.bound)}"
-    return f"expected {duration(expected.seconds)}; {bound}, {percent(expected.bound / execute)} of it"
+def beside_execute(report: Report) -> str | None:
+    """What to say beside the time of the steps: "expected 480 ms; at the device's peaks 210 ms, 43.8 % of it". What was
+    expected is said of a plan that was run as a whole."""
+    if report.bound is None or report.bound_share is None:
+        return None
+    bound = f"at the device's peaks {duration(report.bound.seconds)}, {percent(report.bound_share)} of it"
+    whole = not report.request_counts.remaining and all(warned.code != "closed" for warned in report.warnings)
+    return f"expected {duration(report.expected.seconds)}; {bound}" if report.expected is not None and whole else bound

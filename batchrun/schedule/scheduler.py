@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from batchrun.columns import concat_ranges
 from batchrun.planning.lengths import OutputLengths
 from batchrun.planning.planner import Plan, order_requests, pages_needed
 from batchrun.request import FinishReason, Requests
@@ -123,6 +124,9 @@ class Scheduler:
         plan: what to run, and in which order.
         requests: those that the plan speaks of.
         depth: steps in flight at a time, 1 or 2.
+
+    Attributes:
+        held_back: whether the last step had room for rows of a request that waits, and the pool had no pages for it.
     """
 
     def __init__(self, plan: Plan, requests: Requests, *, depth: int = 1) -> None:
@@ -162,6 +166,7 @@ class Scheduler:
         self._preempted: deque[int] = deque()  # slots, to be admitted again before any new request
         self._held: list[int] = []  # slots that wait and are not to be admitted yet
         self._confined = False  # whether only those in `_preempted` may be admitted
+        self.held_back = False
         self._lost: dict[int, int] = {}  # by rank, tokens computed for nothing of sequences that are not there now
         self._advancing = np.empty(0, dtype=np.int32)  # slots with something to compute, in order of admission
         self._releases: list[int] = []
@@ -248,12 +253,15 @@ class Scheduler:
         """Requests that have begun and do not wait: those that steps are made of."""
         return self.sequences.request[self._under_way()].astype(np.int32)
 
+    def requests_begun(self) -> Int32:
+        """Requests that have begun and have no answer yet, those that wait to go on included."""
+        return self.sequences.request[self._begun()].astype(np.int32)
+
     def restart(self) -> None:
         """Go on from nothing: all that was computed is gone, and the steps in flight are lost. Requests keep the tokens
         that they got, and wait to be computed again, in the order in which they were admitted."""
         seqs = self.sequences
-        under_way = self._under_way()
-        begun = np.array([*under_way.tolist(), *self._preempted, *self._held], dtype=np.int32)
+        under_way, begun = self._under_way(), self._begun()
         places = np.arange(seqs.sampled.shape[1]) < seqs.num_sampled[begun][:, None]
         seqs.num_sampled[begun] = ((seqs.sampled[begun] >= 0) & places).sum(axis=1)
         seqs.num_tokens[begun] = seqs.num_prompt[begun] + seqs.num_sampled[begun]
@@ -287,14 +295,15 @@ class Scheduler:
         self._held = [slot for slot, want in zip(waiting, wanted, strict=True) if not want]
 
     def drop(self, requests: Collection[int]) -> None:
-        """Leave out requests that have begun: they get no answer."""
-        begun = [*self._under_way().tolist(), *self._preempted, *self._held]
-        leaving = [slot for slot in begun if int(self.sequences.request[slot]) in requests]
+        """Leave out requests that have begun: they get no answer. Those that have left already are passed over."""
+        begun = self._begun()
+        leaving = begun[np.isin(self.sequences.request[begun], list(requests))]
+        gone = self.sequences.request[leaving].copy()
         self._advancing = self._advancing[~np.isin(self._advancing, leaving)]
-        for slot in leaving:
+        for slot in leaving.tolist():
             self._leave(slot)
         if self._probing:
-            self._learn_order(np.array(sorted(requests)))
+            self._learn_order(gone)
 
     def _learn_order(self, finished: npt.NDArray[np.int_]) -> None:
         """Once the probe has its answers, order what has not begun by the lengths that they show."""
@@ -305,12 +314,14 @@ class Scheduler:
             waiting = np.zeros(order.size, dtype=bool)
             waiting[self._order[self._next :]] = True
             self._order = np.concatenate((self._order[: self._next], order[waiting[order]]))
+            self._ahead.clear()
 
     # Admission ------------------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
         """Let requests in while the step has rows for them and, grown to their expected lengths, all under way fits
         into the pool in every coming step; alone, anything may run."""
+        self.held_back = False
         if not self._may_admit:
             return
         seqs = self.sequences
@@ -328,6 +339,7 @@ class Scheduler:
             steps = 1 + -(-max(rows - room, 0) // max(self._step_tokens - under_way - 1, 1))
             booking = self._book(candidate, path, steps, must_fit=under_way > 0)
             if booking is None:
+                self.held_back = True
                 break
             entering += self._let_in(candidate, path, missing, booking)
             room -= rows
@@ -467,6 +479,10 @@ class Scheduler:
     def _under_way(self) -> Int32:
         """Slots of requests under way."""
         return self._advancing[self.sequences.request[self._advancing] >= 0]
+
+    def _begun(self) -> Int32:
+        """Slots of requests that have begun: under way, or waiting to go on."""
+        return np.array([*self._under_way().tolist(), *self._preempted, *self._held], dtype=np.int32)
 
     # Booking ----------------------------------------------------------------------------------------------------
 
@@ -747,8 +763,8 @@ class Scheduler:
         seqs = self.sequences
         looks = samples & self._looks_back[self._requests.sampling_id[request]]
         length = np.where(looks, seqs.num_sampled[slots], 0).astype(np.int32)
-        sampled = seqs.sampled[slots]
-        return PastTokens(length, sampled[np.arange(sampled.shape[1]) < length[:, None]])
+        places = concat_ranges(np.zeros_like(length), length)
+        return PastTokens(length, seqs.sampled[np.repeat(slots, length), places])
 
     def _prefix_reads(self, slots: Int32, length: Int32) -> PrefixReads:
         """Which rows read which prefix: per level, runs of neighbouring chunks that read the same KV."""
@@ -756,7 +772,7 @@ class Scheduler:
         first_row = np.cumsum(length) - length
         parent, depth = seqs.parent[slots], seqs.depth[slots]
         columns = []
-        levels = self._path_of.shape[1] if (parent >= 0).any() else 0
+        levels = int(self._level_of_group[parent[parent >= 0]].max(initial=-1)) + 1
         for level in range(levels):
             group = self._path_of[parent, level]
             reads = np.minimum(self._length_of[group], depth - self._depth_of[group])

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from batchrun.prefix.forest import build_forest
 from batchrun.tokens import TokenTable
 from batchrun.workloads import make_workload
-from scripts.bench.peers import environments
+from scripts.bench.peers import environments, growth
 from scripts.bench.peers.adapters.protocol import Job, groups, in_common, shared_runs, waves
 from scripts.bench.peers.environments import Recipe, Unavailable, python_of
 from scripts.bench.peers.floor import floor_of, physical_tokens
@@ -128,6 +128,12 @@ def test_turns_go_round():
     assert len(strongest) == 3
     assert all(set(peers) == {FLOOR, OURS, *strongest} for peers in by_round[1:])
     assert len({peers[1] for peers in by_round}) == 3  # each round another begins
+
+
+def test_the_slow_ones_run_once():
+    made = [turn for turn in turns(PEERS) if turn.peer.rank == 3]
+    assert len(made) == sum(len(peer.dtypes) for peer in PEERS if peer.rank == 3)
+    assert {(turn.workload, turn.round) for turn in made} == {("micro", 0)}
 
 
 def test_turns_give_both_orders_where_the_order_counts():
@@ -306,6 +312,74 @@ def test_the_page_stands_without_us_and_without_peers():
     without = render(document([run_of("fast", 6.0), run_of(OURS.name, None, failure="MemoryError", equal=None)]))
     assert "| micro | float32 | – | fast 6.00 s | – | fast 6.00 s | – | – |" in without
     assert f"| {OURS.name} | failed: MemoryError |" in without
+
+
+# --- growth ---------------------------------------------------------------------------------------------------------
+
+
+def test_each_axis_of_growth_changes_one_thing():
+    for axis, rows in (
+        ("requests", (1024, 4096, 16384)),
+        ("prefix", (1024, 2560, 8704)),
+        ("degree", (1024, 2560, 8704)),
+    ):
+        made = [growth.make(growth.point(axis, factor), 16384).requests for factor in growth.FACTORS]
+        prompts = [[prompt for prompt, _ in requests] for requests in made]
+        assert {output for requests in made for _, output in requests} == {32}
+        assert [physical_tokens(p) for p in prompts] == list(rows)
+        groups_of = [shared_runs(p, 64) for p in prompts]
+        assert [len(runs) for runs in groups_of] == ([4, 16, 64] if axis == "requests" else [4] * 3)
+        assert [runs[0].length for runs in groups_of] == ([128, 512, 2048] if axis == "prefix" else [128] * 3)
+        assert [len(runs[0].members) for runs in groups_of] == ([4, 16, 64] if axis == "degree" else [4] * 3)
+
+
+def test_everyone_begins_a_point_of_growth_in_turn():
+    peers = PEERS[:2]
+    made = list(growth.turns(peers, dtypes=["float32"], repeats=3))
+    assert len(made) == 3 * len(growth.POINTS) * 3
+    first = {(turn.round, turn.workload): turn.peer for turn in reversed(made)}
+    assert {peer for (_, name), peer in first.items() if name == "base"} == {OURS, *peers}
+    assert {turn.workload for turn in made} == set(growth.POINTS)
+
+
+def test_the_page_of_growth_has_medians_and_exponents():
+    runs = []
+    for factor in growth.FACTORS:
+        for axis, power in (("requests", 1.0), ("prefix", 0.5), ("degree", 2.0)):
+            for engine, base in ((OURS.name, 1.0), ("fast", 3.0)):
+                name, off = growth.point(axis, factor), (0.5, 1.0, 9.0)
+                if factor > 1 or axis == "requests":  # the base is measured once for all axes
+                    runs += [run_of(engine, base * factor**power * part, workload=name) for part in off]
+    runs += [run_of("slow", 1.0, workload="base"), run_of("slow", None, workload="requests x4", failure="killed")]
+    made = document(runs)
+    made["workloads"] = {
+        name: {"requests": 0, "prompt_logical": 0, "prompt_physical": 100 * (i + 1), "output": 0, "kv_tokens": None}
+        for i, name in enumerate(growth.POINTS)
+    }
+    page = growth.render(made)
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line[:1] == "|"]
+    ours = [line[2:6] for line in lines if line[1] == OURS.name]
+    assert ours == [
+        ["1.00", "4.00", "16.00", "1.00"],
+        ["1.00", "2.00", "4.00", "0.50"],
+        ["1.00", "16.00", "256.00", "2.00"],
+    ]
+    assert all(len(line) == len(lines[0]) for line in lines)
+    assert [line[2] for line in lines if line[1] == "slow"] == ["failed"] * 3
+    assert "requests in float32: time with exponent 1.00 (batchrun), 1.00 (fast)." in page
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_command_measures_growth(tmp_path):
+    command = [sys.executable, "scripts/bench/peers", "--growth", "--tiny", "--peers", "transformers"]
+    command += ["--dtypes", "float32", "--cache", str(tmp_path / "cache"), "--out", str(tmp_path), "--threads", "2"]
+    subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    (page,) = tmp_path.glob("*-growth-cpu.md")
+    runs = json.loads(page.with_suffix(".json").read_text())["runs"]
+    assert len(runs) == 2 * len(growth.POINTS)
+    assert all(run["failure"] is None and run["equal"] for run in runs)
+    assert "failed" not in page.read_text()
 
 
 @pytest.mark.slow

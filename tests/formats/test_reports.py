@@ -51,6 +51,7 @@ def a_report() -> Report:
         seconds=Seconds(total=3.0, tokenize=0.25, execute=2.5),
         throughput=Throughput(3.2, 400.0, None),
         expected=None,
+        bound=None,
         step_seconds=None,
         steps=12,
         rows=5000,
@@ -230,6 +231,7 @@ def test_steps_read_back_as_their_columns(tmp_path):
             "host_seconds": 0.25,
             "running": 2,
             "waiting": 7,
+            "held_back": False,
         },
     }
     assert second["releases"] == [2, 1]
@@ -318,7 +320,7 @@ def test_a_step_log_on_a_full_device_is_an_output_error(tmp_path):
 
 
 def test_a_step_log_gives_back_what_was_appended():
-    records = [StepRecord(i, 10 + i, 3, 7, 3 + i, 40 - i, i / 8, i / 16, 5 + i, 90 - i) for i in range(100)]
+    records = [StepRecord(i, 10 + i, 3, 7, 3 + i, 40 - i, i / 8, i / 16, 5 + i, 90 - i, i % 3 == 0) for i in range(100)]
     log = StepLog(capacity=1)
     for record in records:
         log.append(record)
@@ -336,11 +338,14 @@ def test_the_time_of_steps_is_sorted_by_what_they_did():
     for index, (prefill, decode, running, waiting) in enumerate(
         [(16, 0, 4, 5), (12, 4, 8, 5), (0, 8, 8, 5), (0, 8, 8, 0), (0, 4, 4, 0), (0, 3, 3, 0), (2, 1, 2, 0)]
     ):
-        log.append(StepRecord(index, prefill + decode, decode, prefill, decode, 9, 2.0**index, 0.0, running, waiting))
-    found = step_seconds(log.columns, execute=200.0, step_tokens=16)
-    assert found == StepSeconds(prefill=1, mixed=2 + 64, decode=4 + 8 + 16, tail=32, host=200 - 127, held_back=4)
-    assert found.device + found.host == 200
+        rows, held_back = prefill + decode, index == 2
+        log.append(StepRecord(index, rows, decode, prefill, decode, 9, 2.0**index, 0.0, running, waiting, held_back))
+    found = step_seconds(log.columns, execute=200.0, recovery=10.0)
+    assert found == StepSeconds(
+        prefill=1, mixed=2 + 64, decode=4 + 8 + 16, tail=32, host=200 - 127 - 10, recovery=10, held_back=4
+    )
+    assert found.device + found.host + found.recovery == 200
 
 
 def test_no_steps_take_no_time():
-    assert step_seconds(StepLog().columns, 0.5, 16) == StepSeconds(0, 0, 0, 0, 0.5, 0)
+    assert step_seconds(StepLog().columns, 0.5, 0.125) == StepSeconds(0, 0, 0, 0, 0.375, 0.125, 0)

@@ -57,7 +57,7 @@ def test_a_parser_reads_what_the_report_says():
         ("batchrun_duration_seconds", ""): 250,
         ("batchrun_prompt_tokens_total", "computed"): 31_500,
         ("batchrun_output_tokens_total", ""): 7680,
-        ("batchrun_bound_ratio", ""): 6 / 225,
+        ("batchrun_bound_ratio", ""): 45 / 225,
         ("batchrun_lost_total", "preemption"): 3,
         ("batchrun_kv_pages_peak", ""): 3120,
         ("batchrun_answers_total", "stop"): 470,

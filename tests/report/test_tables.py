@@ -18,6 +18,7 @@ from rich.console import Console
 from batchrun.prefix.doctor import CAUSES, Diagnosis, Finding
 from batchrun.prefix.explain import PrefixRead, SharedRuns
 from batchrun.report.records import (
+    BoundSeconds,
     Estimate,
     GroupSummary,
     KvUse,
@@ -67,11 +68,15 @@ def assert_plain_and_narrow(text: str) -> None:
 
 def test_the_summary_of_a_finished_run_has_what_was_expected_beside_what_was_measured():
     expected = Estimate(210.0, 190.0, 240.0, 61.8, 30.0, 10.0, "cpu", "here", calibrated=True, requests=478)
-    text = shown(print_summary, a_report(expected=expected), Path("a.run"))
+    bound = BoundSeconds(61.8, 30.0, 10.0)
+    text = shown(print_summary, a_report(expected=expected, bound=bound), Path("a.run"))
     assert "expected 3 min 30 s; at the device's peaks 1 min 2 s, 25.0 % of it" in text
     assert_plain_and_narrow(text)
     stopped = a_report(expected=expected, request_counts=RequestCounts(480, 470, 2, 8))
-    assert "expected" not in shown(print_summary, stopped, Path("a.run"))
+    closed = a_report(expected=expected, warnings=(Warned("closed", 8, "8 lines got no answer"),))
+    for report in (stopped, closed):
+        text = shown(print_summary, report, Path("a.run"))
+        assert "expected" not in text and "at the device's peaks 45.0 s, 18.2 % of it" in text
 
 
 def test_the_summary_says_the_outcome_first_and_has_every_figure():
@@ -94,7 +99,8 @@ def test_the_summary_says_the_outcome_first_and_has_every_figure():
         "31.1  output tokens/s",
         "1,204  on cpu in float32",
         "3,120  pages of 16 tokens each at peak; the pool has 4,096",
-        "5  idle rows, 12 padded rows, 3 preemptions, 1 eviction",
+        "5  idle rows, 12 padded rows, 3 preemptions, 1 eviction, 2",
+        "  steps cut for memory, 4 worker restarts",
         "470  stop",
         "1  empty_prompt",
         "3  max_tokens_default: they have no max_tokens",

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from batchrun.workloads import Ids, Workload, make_workload, micro
+from scripts.bench.peers import growth
 from scripts.bench.peers.adapters.protocol import Job
 from scripts.bench.peers.environments import RECIPES, Unavailable, python_of
 from scripts.bench.peers.floor import floor_of, physical_tokens
@@ -62,7 +63,9 @@ class Bench:
     def _workload(self, name: str) -> Workload:
         if name not in self._workloads:
             vocabulary = self.shape["vocab_size"]
-            if self.shape is SHAPE:
+            if name in growth.POINTS:
+                self._workloads[name] = growth.make(name, vocabulary, 1.0 if self.shape is SHAPE else 1 / 8)
+            elif self.shape is SHAPE:
                 self._workloads[name] = make_workload(name, vocab_size=vocabulary)
             else:
                 tiny = list(micro(Ids(0, vocabulary), 3, 64, 4, 16, 8))
@@ -112,7 +115,7 @@ class Bench:
         run: dict[str, Any] = {"peer": peer.name, "order": turn.order, **where, "equal": None, "failure": None}
         if any(r["failure"] and all(r[k] == run[k] for k in ("peer", "order", "workload", "dtype")) for r in self.runs):
             return  # once is enough
-        print(f"{turn.workload:9}{turn.dtype:10}{peer.name:20}{turn.order:9}", end="", flush=True)
+        print(f"{turn.workload:13}{turn.dtype:10}{peer.name:20}{turn.order:9}", end="", flush=True)
         try:
             job, order = self.job(turn)
             got = measure(self.python(peer), peer.adapter, job, peer.timeout, self.variables(peer))

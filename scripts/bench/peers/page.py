@@ -101,7 +101,8 @@ def render(document: Document) -> str:
     for workload, dtype in cells(document):
         parts.append(f"## {workload}, {dtype}\n\n{_about(document, workload, dtype)}\n")
         parts.append(_table(document, workload, dtype))
-    parts += ["## How it was measured\n", _how(document), "## Peers and their settings\n", _peers(document)]
+    parts += ["## How it was measured\n", listed(facts(document) | _of_workloads())]
+    parts += ["## Peers and their settings\n", peers_and_settings(document)]
     parts += ["## What it does not show\n", _limits(document)]
     return "\n".join(parts)
 
@@ -194,10 +195,11 @@ def _table(document: Document, workload: str, dtype: str) -> str:
     return "\n".join([*lines, *failed, ""])
 
 
-def _how(document: Document) -> str:
+def facts(document: Document) -> dict[str, str]:
+    """How anything was measured, by name."""
     hardware, versions = document["hardware"], document["versions"]
     model = document["model"]
-    facts = {
+    return {
         "Date": document["date"],
         "Command": f"`{document['command']}`",
         "Hardware": f"{hardware['processor']} ({', '.join(hardware['features']) or 'no vector extensions known'}), "
@@ -208,23 +210,39 @@ def _how(document: Document) -> str:
         f"{model['num_attention_heads']} heads, {model['num_key_value_heads']} KV heads), vocabulary "
         f"{model['vocab_size']:,}, tied embeddings, random seeded weights (standard deviation "
         f"{model['initializer_range']})",
-        "Workloads": "`scripts/make_job.py`, seed 0, shuffled; token ids, greedy, every answer to its limit. Where a "
-        "row says *sorted*, the peer got the same requests sorted by prompt",
         "Order": "one process after another, in turns, a round begins with the second of the last; a figure is the "
         "median of the runs that its row lists, or the one there was",
         "Times": "generation: from the first request given to the last token got; for batchrun, planning and running. "
         "Whole process: with start, imports, load, and for batchrun reading the job and writing results",
         "Memory": "the most that the processes of a run held together, by the kernel's marks",
-        "Floor": "the products of all linear layers with weights packed for oneDNN, each distinct prompt token once, "
-        "then one step for each output token with a row for each request that is not done; measured in every round. "
-        "Attention's own products and everything else are not in it",
         "Answers": "compared with those of transformers' padded `generate` in float32, token for token; in bfloat16 no "
         "two engines agree, so they are not compared",
     }
-    return "\n".join(f"- **{name}**: {fact}." for name, fact in facts.items()) + "\n"
 
 
-def _peers(document: Document) -> str:
+def _of_workloads() -> dict[str, str]:
+    return {
+        "Workloads": "`scripts/make_job.py`, seed 0, shuffled; token ids, greedy, every answer to its limit. Where a "
+        "row says *sorted*, the peer got the same requests sorted by prompt",
+        "Floor": "the products of all linear layers with weights packed for oneDNN, each distinct prompt token once, "
+        "then one step for each output token with a row for each request that is not done; measured in every round. "
+        "Attention's own products and everything else are not in it",
+    }
+
+
+def listed(told: Mapping[str, str]) -> str:
+    """Facts by name as a list, in Markdown."""
+    return "\n".join(f"- **{name}**: {fact}." for name, fact in told.items()) + "\n"
+
+
+def physical_rows(document: Document, workload: str) -> int:
+    """Rows that no engine can leave out: distinct prompt tokens, and what each answer has after its first token."""
+    load = document["workloads"][workload]
+    return int(load["prompt_physical"] + load["output"] - load["requests"])
+
+
+def peers_and_settings(document: Document) -> str:
+    """Everyone who took part, or was to, as a list, in Markdown."""
     lines = []
     for name, peer in document["peers"].items():
         versions = ", ".join(f"{package} {version}" for package, version in peer["versions"].items())

@@ -11,6 +11,7 @@ WORKLOADS = ("micro", "pressure", "tree", "mixed", "skew", "none")
 DTYPES = ("float32", "bfloat16")
 BOTH_ORDERS = ("pressure", "tree")  # here the order of the input decides what a cache of recent prefixes is good for
 MAIN = ("micro", "pressure")  # the others are run once, against the strongest alone
+WITH_ALL = "micro"  # where the slow ones take part
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,7 @@ def turns(
     """All runs of a measurement.
 
     Args:
-        repeats: rounds of the three strongest on `MAIN`; the slow ones take part in the first alone.
+        repeats: rounds of the three strongest on `MAIN`; the slow ones take part in the first of `WITH_ALL` alone.
         quick: `micro` with the three strongest and `pressure` in the first dtype with the two strongest, once each.
         everywhere: all of `peers` take part in all rounds of all workloads.
     """
@@ -61,7 +62,7 @@ def _highest_rank(workload: str, number: int, quick: bool) -> int:
         return 1
     if quick:
         return 2 if workload == "micro" else 1
-    return 3 if number == 0 else 2
+    return 3 if workload == WITH_ALL and number == 0 else 2
 
 
 def _orders(peer: Peer, workload: str) -> tuple[str, ...]:
