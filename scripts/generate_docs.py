@@ -371,6 +371,7 @@ def _formats() -> str:
             "report.json",
             records.Report,
             records.Seconds,
+            records.BoundSeconds,
             records.StepSeconds,
             records.Throughput,
             records.Warned,
