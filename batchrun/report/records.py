@@ -389,7 +389,7 @@ class Report:
         memory_retries: steps that were computed in parts, because the device had not enough memory for them.
         worker_restarts: times that the worker was lost and started again.
         prefix_evictions: shared prefixes whose KV was dropped while a reader was still to come.
-        finish_reasons: number of answers by reason (`stop`, `length`).
+        finish_reasons: number of answers by reason (`stop`, `length`, `tool_calls`), as their lines have it.
         errors: number of failed lines by code.
         warnings: what a person should know, each kind once.
         groups: the largest prefix-sharing groups, largest first.

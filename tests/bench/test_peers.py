@@ -366,7 +366,7 @@ def test_the_page_of_growth_has_medians_and_exponents():
     ]
     assert all(len(line) == len(lines[0]) for line in lines)
     assert [line[2] for line in lines if line[1] == "slow"] == ["failed"] * 3
-    assert "requests in float32: time with exponent 1.00 (batchrun), 1.00 (fast)." in page
+    assert "With the number of requests in float32, time grows with exponent 1.00 (batchrun), 1.00 (fast)." in page
 
 
 @pytest.mark.slow

@@ -15,11 +15,11 @@ from scripts.bench.peers.schedule import DTYPES, Turn
 
 BASE = Groups(groups=4, prefix=128, requests=4, own=32, output=32)
 FACTORS = (1, 4, 16)
-AXES = {"requests": "groups", "prefix": "prefix", "degree": "requests"}  # by the field of `Groups` that grows
-_MEANING = {
-    "requests": "more groups of the same kind",
-    "prefix": "longer shared prefixes",
-    "degree": "more requests that share each prefix",
+# The field of `Groups` that grows, and what that is.
+AXES = {
+    "requests": ("groups", "number of requests"),
+    "prefix": ("prefix", "length of prefixes"),
+    "degree": ("requests", "number of requests that share a prefix"),
 }
 
 
@@ -30,7 +30,7 @@ def point(axis: str, factor: int) -> str:
 
 POINTS = {
     point(axis, factor): BASE._replace(**{field: factor * getattr(BASE, field)})
-    for axis, field in AXES.items()
+    for axis, (field, _) in AXES.items()
     for factor in FACTORS
 }
 
@@ -74,10 +74,9 @@ def render(document: Mapping[str, Any]) -> str:
     ]
     for dtype in dtypes:
         parts += [f"## {dtype}\n", _table(document, engines, dtype)]
-    base = " × ".join(f"{value} {name}" for name, value in zip(("groups of", "prefix tokens,"), BASE, strict=False))
     told = facts(document) | {
-        "Jobs": f"×1: {base} {BASE.requests} requests each, with {BASE.own} tokens of their own and {BASE.output} to "
-        "answer; seed 0, shuffled; token ids, greedy, every answer to its limit",
+        "Jobs": f"×1: {BASE.groups} groups of {BASE.requests} requests that share {BASE.prefix} tokens, with "
+        f"{BASE.own} of their own and {BASE.output} to answer; seed 0, shuffled; token ids, greedy, every answer to its limit",
         "Figures": "time of generation in the median of the rounds, and the most memory of any",
     }
     parts += ["## How it was measured\n", listed(told)]
@@ -102,13 +101,13 @@ def _figures(document: Mapping[str, Any], engine: str, dtype: str, axis: str) ->
 def _answer(document: Mapping[str, Any], engines: Sequence[str], dtypes: Sequence[str]) -> str:
     sentences = []
     for dtype in dtypes:
-        for axis in AXES:
+        for axis, (_, of) in AXES.items():
             found = {engine: _figures(document, engine, dtype, axis) for engine in engines}
             exponents = [
                 f"{exponent(figures[0]):.2f} ({engine})" for engine, figures in found.items() if figures is not None
             ]
             if exponents:
-                sentences.append(f"{axis} in {dtype}: time with exponent {', '.join(exponents)}.")
+                sentences.append(f"With the {of} in {dtype}, time grows with exponent {', '.join(exponents)}.")
     return " ".join(sentences) or "No engine came to the end of an axis."
 
 
@@ -116,10 +115,10 @@ def _table(document: Mapping[str, Any], engines: Sequence[str], dtype: str) -> s
     head = ["grows", "", *(f"×{factor} s" for factor in FACTORS), "exponent"]
     head += [*(f"×{factor} MB" for factor in FACTORS), "exponent"]
     lines = [head, ["---", "---", *["---:"] * (len(head) - 2)]]
-    for axis, meaning in _MEANING.items():
+    for axis, (_, of) in AXES.items():
         rows = [physical_rows(document, point(axis, factor)) for factor in FACTORS]
         work = [*(f"{count:,} rows" for count in rows), f"{exponent(rows):.2f}"]
-        lines.append([f"{axis}: {meaning}", "to compute", *work])
+        lines.append([of, "to compute", *work])
         for engine in engines:
             figures = _figures(document, engine, dtype, axis)
             if figures is None:
