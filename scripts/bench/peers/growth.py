@@ -76,8 +76,8 @@ def render(document: Mapping[str, Any]) -> str:
         parts += [f"## {dtype}\n", _table(document, engines, dtype)]
     told = facts(document) | {
         "Jobs": f"×1: {BASE.groups} groups of {BASE.requests} requests that share {BASE.prefix} tokens, with "
-        f"{BASE.own} of their own and {BASE.output} to answer; seed 0, shuffled; token ids, greedy, every answer to its "
-        "limit",
+        f"{BASE.own} of their own and {BASE.output} to answer; seed 0, shuffled; token ids, greedy, every answer to "
+        "its limit",
         "Figures": "time of generation in the median of the rounds, and the most memory of any",
     }
     parts += ["## How it was measured\n", listed(told)]
