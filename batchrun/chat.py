@@ -215,7 +215,10 @@ def _mistral(text: str) -> tuple[str, tuple[ToolCall, ...]] | None:
 def _llama(text: str) -> tuple[str, tuple[ToolCall, ...]] | None:
     """Llama 3: the whole answer is `{"name": ..., "parameters": {...}}`, or several with semicolons between them."""
     objects = list(_objects(text.replace(_PYTHON_TAG, "").replace("<|eom_id|>", "").strip()))
-    calls = [_call(one) for one in objects]
+    # What has no arguments may be an answer in JSON that happens to have a name in it.
+    calls = [
+        _call(one) if isinstance(one, dict) and {"parameters", "arguments"} & one.keys() else None for one in objects
+    ]
     sound = tuple(call for call in calls if call is not None)
     return ("", sound) if sound and len(sound) == len(calls) else None
 

@@ -620,12 +620,20 @@ def _end(outcome: Outcome, quiet: bool, json: bool, results: str | None = None) 
     sys.exit(outcome.exit_code)
 
 
+class _Status(Console):
+    """A console that nobody need look at."""
+
+    def on_broken_pipe(self) -> None:
+        """Where rich would end the program."""
+        self.quiet = True
+
+
 class _Terminal:
     """Shows a run on standard error while it lasts, and turns signals into a stop between two steps."""
 
     def __init__(self, *, quiet: bool) -> None:
         self._quiet = quiet
-        self._console = _console(stderr=True)
+        self._console = _Status(stderr=True, markup=False, highlight=False, emoji=False)
         self._progress: Any = None
         self._rows = 0
         self._signalled = False
@@ -638,7 +646,8 @@ class _Terminal:
 
     def __exit__(self, *_: object) -> None:
         if self._progress is not None:
-            self._progress.__exit__(None, None, None)
+            with self._as_long_as_anyone_looks():
+                self._progress.__exit__(None, None, None)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
@@ -651,26 +660,37 @@ class _Terminal:
     def should_stop(self) -> bool:
         return self._signalled
 
+    @contextmanager
+    def _as_long_as_anyone_looks(self) -> Iterator[None]:
+        """A terminal that is gone, or a full disk behind it, ends no run."""
+        try:
+            yield
+        except OSError:
+            self._console.quiet = True
+
     def faults(self, faults: list[Any], total: int) -> None:
         from batchrun.report.tables import print_faults
 
         if faults and not self._quiet:
-            print_faults(self._console, faults, more_in="errors.jsonl")
+            with self._as_long_as_anyone_looks():
+                print_faults(self._console, faults, more_in="errors.jsonl")
 
     def stage(self, name: str) -> None:
         from batchrun.report.progress import Progress
 
-        if name == "run":
-            self._progress = Progress(self._console, total_rows=self._rows, enabled=not self._quiet)
-            self._progress.__enter__()
-        elif not self._quiet:
-            self._console.print(f"{name} ...", style="dim")
+        with self._as_long_as_anyone_looks():
+            if name == "run":
+                self._progress = Progress(self._console, total_rows=self._rows, enabled=not self._quiet)
+                self._progress.__enter__()
+            elif not self._quiet:
+                self._console.print(f"{name} ...", style="dim")
 
     def expected_rows(self, rows: int) -> None:
         self._rows = rows
 
     def step(self, rows: int, sampled: int, finished: int) -> None:
-        self._progress.advance(rows, sampled, finished)
+        with self._as_long_as_anyone_looks():
+            self._progress.advance(rows, sampled, finished)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from batchrun.errors import UsageError
-from batchrun.locations import is_url, redact
+from batchrun.locations import is_url, redact, redact_location
 from batchrun.planning.order import AUTO, ORDERS
 from batchrun.prefix.groups import GROUPINGS
 from batchrun.request import Endpoint, LineOptions, SamplingParams
@@ -215,7 +215,8 @@ class LimitsConfig(_Section):
         default=None, description="Time after which a run stops: 8h, 90m, 1h30m or a number of seconds."
     )
     max_errors: Annotated[str | int, AfterValidator(_checked(parse_share))] | None = Field(
-        default=None, description="Failed lines after which a run stops: more than 10, or more than 5% of the lines."
+        default=None,
+        description="Failed lines of one start after which it stops: more than 10, or more than 5% of the lines.",
     )
     request_timeout: Annotated[str | int | float, AfterValidator(_checked(parse_duration))] | None = Field(
         default=None,
@@ -266,7 +267,7 @@ def _results_file(name: str) -> str:
     """Where answers go besides: `run.json` keeps it, so it has no secrets."""
     if Path(name).suffix.lower() not in (".parquet", ".jsonl"):
         raise ValueError("it must end in .parquet or .jsonl")
-    if redact(name) != name:
+    if redact_location(name) != name:
         raise ValueError("no user and no key may stand in it; give them as the store's own library takes them")
     return name
 

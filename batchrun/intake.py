@@ -12,7 +12,7 @@ import numpy as np
 
 from batchrun.chat import ChatReader, UnknownFormat
 from batchrun.columns import Column
-from batchrun.config import RunConfig, derive_seed, resolve_max_tokens, resolve_sampling
+from batchrun.config import COMPLETIONS_MAX_TOKENS, RunConfig, derive_seed, resolve_max_tokens, resolve_sampling
 from batchrun.grammar import Grammars
 from batchrun.request import (
     ENDPOINTS,
@@ -140,7 +140,7 @@ def read_requests(
             if isinstance(prompts, LineFault):
                 fault = prompts
             else:
-                prompts = _truncated(line, prompts, spec)
+                prompts = _truncated(line, prompts, spec, config.max_tokens)
                 fault = _fault(line, prompts, spec)
             if fault is None and options.grammar is not None and not isinstance(written, LineFault):
                 answer = followed(line, options.grammar, written)
@@ -248,13 +248,14 @@ def _adds_special_tokens(line: JobLine) -> bool:
     return line.endpoint is not Endpoint.CHAT if line.add_special_tokens is None else line.add_special_tokens
 
 
-def _truncated(line: JobLine, prompts: list[Int32], spec: ModelSpec) -> list[Int32]:
-    """The prompts as far as the line wants them: the last tokens of each."""
+def _truncated(line: JobLine, prompts: list[Int32], spec: ModelSpec, max_tokens: int | None) -> list[Int32]:
+    """The prompts as far as the line wants them: the last tokens of each. `max_tokens`: as for `resolve_max_tokens`."""
     keep = line.options.truncate_prompt_tokens
     if keep is None:
         return prompts
     if keep == -1:  # all that leaves room for the answer
-        keep = max(spec.max_context - (line.options.max_tokens or 1), 1)
+        default = 1 if line.endpoint is Endpoint.CHAT else COMPLETIONS_MAX_TOKENS
+        keep = max(spec.max_context - (line.options.max_tokens or max_tokens or default), 1)
     return [ids[-keep:] for ids in prompts]
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 
-_USER = re.compile(r"(?P<scheme>[\w+.-]+)://(?P<user>[^/\s'\"]*)@")
-_WEB_QUERY = re.compile(r"(https?://[^\s'\"?#]*)[?#][^\s'\"<>,)]*")
-_QUERY = re.compile(r"[?#][^\s'\"<>,)]*=[^\s'\"<>)]*")
+_USER = re.compile(r"(?P<scheme>[\w+.-]+)://(?P<user>[^/\s]*)@")
+# In a text a URL ends where white space is, or the quote that it began with.
+_WEB_QUERY = re.compile(r"""(?P<quote>['"])?(?P<before>https?://[^\s?#'"]*)[?#](?(quote)(?:(?!(?P=quote))\S)*|\S*)""")
+_QUERY = re.compile(r"[?#][^\s'\"<>]*=[^\s'\"<>]*")
+_URL = re.compile(r"(?P<scheme>[\w+.-]+)://(?:(?P<user>[^/?#]*)@)?(?P<rest>.*)", re.DOTALL)
+_WEB = ("http", "https")
 
 
 def is_url(location: str) -> bool:
@@ -16,12 +19,30 @@ def is_url(location: str) -> bool:
 
 def redact(text: str) -> str:
     """A text without the secrets of URLs in it: users, passwords and tokens before an `@`, and queries, which may be a
-    signature. What stands before an `@` in a bucket's name (`abfs://container@account/...`) is no secret."""
-    text = _WEB_QUERY.sub(r"\1?***", _USER.sub(_without_user, text))
+    signature. What stands before an `@` in a bucket's name (`abfs://container@account/...`) is no secret. Of a name
+    that is all there is, `redact_location` knows better where it ends."""
+    text = _WEB_QUERY.sub(r"\g<quote>\g<before>?***", _USER.sub(_without_user, text))
     return _QUERY.sub("?***", text)
 
 
+def redact_location(location: str) -> str:
+    """A location without what is secret in it, as `redact`, whatever characters it has."""
+    return "::".join(map(_redact_part, location.split("::")))
+
+
+def _redact_part(part: str) -> str:
+    url = _URL.fullmatch(part)
+    if url is None:
+        return part
+    web = url["scheme"].lower() in _WEB
+    rest, query = re.match(r"([^?#]*)(.*)", url["rest"], re.DOTALL).groups()  # type: ignore[union-attr]
+    if query and (web or "=" in query):
+        query = "?***"
+    user = "" if url["user"] is None else "***@" if web or ":" in url["user"] else f"{url['user']}@"
+    return f"{url['scheme']}://{user}{rest}{query}"
+
+
 def _without_user(match: re.Match[str]) -> str:
-    if ":" in match["user"] or match["scheme"].lower() in ("http", "https"):
+    if ":" in match["user"] or match["scheme"].lower() in _WEB:
         return f"{match['scheme']}://***@"
     return match[0]

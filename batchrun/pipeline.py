@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -93,7 +94,7 @@ from batchrun.schedule.scheduler import Finished, Scheduler
 from batchrun.schedule.step import Step, StepOutput
 from batchrun.sources.opening import open_to_read, open_to_run
 from batchrun.sources.results import write_results
-from batchrun.sources.stores import check_writable
+from batchrun.sources.stores import check_writable, refuse_own_file
 from batchrun.subject import Fingerprint, Subject, fingerprint_of
 
 if TYPE_CHECKING:
@@ -337,6 +338,8 @@ def run_job(
     with ExitStack() as stack:
         opened, out = open_to_run(job, config, stack, tell=observer.stage, stop=observer.should_stop)
         source = opened.job
+        if config.output.results is not None:
+            refuse_own_file(config.output.results, job, out)
         lint = lint_job(source, config.limit)
         _refuse_unrunnable(lint.faults, lint.total, config)
         _refuse_mismatch(lint, subject, config)
@@ -357,6 +360,7 @@ def run_job(
         if run_dir.state is RunState.FINISHED:
             if config.output.results is not None:
                 opened.keep(out)
+                run_dir.note_results(config.output.results)
                 write_results(out, config.output.results)
             return finished(run_dir)
         opened.keep(out)
@@ -439,13 +443,16 @@ class Run:
         self.answered_prompt_tokens = 0
         self.finish_reasons: Counter[str] = Counter()
         self.error_codes: Counter[str] = Counter()
+        self.failed_before = 0
         self.total = lint.total
         self.recovery: Recovery | None = None
         wanted = config.limits
+        start = datetime.now() - timedelta(seconds=time.perf_counter() - began)  # which a job that is fetched is after
         self.limits = Limits(
-            until=parse_until(wanted.until) if wanted.until is not None else None,
+            until=parse_until(wanted.until, start) if wanted.until is not None else None,
             timeout=parse_duration(wanted.timeout) if wanted.timeout is not None else None,
             max_errors=parse_share(wanted.max_errors, lint.total) if wanted.max_errors is not None else None,
+            began=began,
         )
         self.limit_reached: str | None = None
         self.planned: PlanFile | None = None
@@ -455,6 +462,7 @@ class Run:
     def execute(self) -> Outcome:
         recovered = self.run_dir.recover()
         self.error_codes.update(recovered.error_codes)
+        self.failed_before = self.error_codes.total()
         self.run_dir.start(self._counts(recovered), model=self.subject.name, environment=self.subject.environment)
         came_from = self.source.came_from
         place = self.source.path if came_from is None else came_from.location
@@ -506,7 +514,7 @@ class Run:
         self.observer.stage("read")
         lines = recovered.unfinished(sound_lines(self.source, self.config.limit))
         if self.limit_again is not None:
-            lines = _limited(lines, set(recovered.replaced.tolist()), self.limit_again)
+            lines = _limited(lines, set(recovered.again.tolist()), self.limit_again)
         prepared = prepare(self.subject, lines, config, device)[0]
         self.seconds |= prepared.seconds
         if unfit := self.source.located(prepared.faults):
@@ -542,7 +550,7 @@ class Run:
             self.observer.expected_rows(planned.rows)
             attempts = recovered.attempts_of(prepared.answers.line_numbers)
             end = self._run_model(prepared, scheduler, engine, sink, attempts)
-        if self.limit_reached is not None:
+        if end.stopped and self.limit_reached is not None:
             message = f"stopped because {self.limit_reached}; the same command goes on"
             warnings.append(Warned("stopped_early", 1, message))
             log.warning("%s", message)
@@ -675,7 +683,8 @@ class Run:
 
     def _limit_reached(self) -> bool:
         """Whether a limit ends the run; which one is noted."""
-        self.limit_reached = self.limits.reached(self.error_codes.total())  # also those that are not on disk yet
+        failed = self.error_codes.total() - self.failed_before  # also those that are not on disk yet
+        self.limit_reached = self.limits.reached(failed)
         return self.limit_reached is not None
 
     def _refuse(self, sink: ResultSink, faults: list[LineFault]) -> None:

@@ -67,7 +67,7 @@ class Tokenizer:
         """Token ids of each word, at the beginning of a text and behind a space, as vLLM does for `bad_words`."""
         found = set()
         for word in words:
-            for text in (word, " " + word.lstrip()):
+            for text in (word.lstrip(), " " + word.lstrip()):
                 ids = tuple(self._backend.encode(text, add_special_tokens=False).ids)
                 if ids:
                     found.add(ids)
@@ -94,9 +94,9 @@ class Tokenizer:
 
     @property
     def chat_template(self) -> str | None:
-        """The template's text; None if there is none, or several."""
+        """The template's text; where there are several (one for tools, say), all of them; None if there is none."""
         template = self._fast.chat_template
-        return template if isinstance(template, str) else None
+        return "\n".join(template.values()) if isinstance(template, dict) else template
 
     @property
     def special_tokens(self) -> dict[str, int]:
@@ -356,14 +356,15 @@ class IncrementalDecoder:
     not wait for the end of such a run: it gives out text that later turns out wrong, or fails).
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, behind: Sequence[int] = ()) -> None:
+        """`behind`: tokens that the answer follows, if its text is to be as it is behind them."""
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
         self._pending: list[int] = []  # tokens whose text was not given out yet
         # The tokens given out last, and their text: decoders treat the first token of a text in a special way, so
         # the pending ones are decoded behind these.
-        self._context: list[int] = []
-        self._context_text = ""
+        self._context = list(behind)
+        self._context_text = self._decode(self._context) if behind else ""
 
     def push(self, token_id: int) -> str:
         """Take one token; return the text that is settled by it."""

@@ -36,7 +36,12 @@ def read(template: str, text: str, *, in_thought: bool = False) -> ChatAnswer:
             [CLOCK, WEATHER],
         ),
         (LLAMA, '{"name": "weather", "parameters": {"city": "Zürich"}}', "", [WEATHER]),
-        (LLAMA, '<|python_tag|>{"name": "clock", "parameters": {}}; {"name": "clock"}<|eom_id|>', "", [CLOCK, CLOCK]),
+        (
+            LLAMA,
+            '<|python_tag|>{"name": "clock", "parameters": {}}; {"name": "clock", "arguments": {}}<|eom_id|>',
+            "",
+            [CLOCK, CLOCK],
+        ),
         (
             MISTRAL,
             '[TOOL_CALLS][{"name": "weather", "arguments": {"city": "Zürich"}}, {"name": "clock"}]',
@@ -64,6 +69,7 @@ def test_calls_of_tools(template, text, content, calls):
         (HERMES, '<tool_call>{"name": "a", "arguments": [1]}</tool_call>'),
         (HERMES, '<tool_call>{"name": "a"}</tool_call><tool_call>{"name": "b", "argu'),
         (LLAMA, 'The answer is {"name": "clock"}'),
+        (LLAMA, '{"name": "Anna", "age": 31}'),
         (LLAMA, '{"name": "clock"} and more'),
         (LLAMA, "[" * 100_000),
         (MISTRAL, "[TOOL_CALLS]"),

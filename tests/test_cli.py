@@ -80,6 +80,18 @@ def command(here, model_dir) -> Callable[..., Result]:
     return call
 
 
+def test_a_terminal_that_is_gone_ends_no_run(tmp_path, model_dir):
+    """As with `2>&1 | tee log` where tee is ended."""
+    job = tmp_path / "jobs.jsonl"
+    job.write_text("".join(json.dumps({"id": f"r{i}", "prompt": f"one {i}", "max_tokens": 3}) + "\n" for i in range(5)))
+    process = batchrun_process(tmp_path, "run", str(job), "--model", str(model_dir()), "--json")
+    assert process.stderr is not None and process.stdout is not None
+    process.stderr.close()
+    report = json.loads(process.stdout.read())
+    assert process.wait(60) == 0
+    assert report["request_counts"]["completed"] == 5
+
+
 def batchrun_process(cwd: Path, *args: str, **options: Any) -> subprocess.Popen[str]:
     """The command in a process of its own, its output in pipes."""
     return subprocess.Popen(

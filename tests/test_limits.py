@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
+import time
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,8 +68,9 @@ def test_a_limit_that_cannot_be_read_is_a_usage_error(limit):
 def test_a_change_of_the_clock_counts_for_a_time_of_day_and_not_for_a_duration(monkeypatch):
     wall, steady = 1000.0, 50.0
     monkeypatch.setattr(limits.time, "time", lambda: wall)
-    monkeypatch.setattr(limits.time, "monotonic", lambda: steady)
-    until, timeout = Limits(until=1600, timeout=None, max_errors=None), Limits(until=None, timeout=600, max_errors=None)
+    monkeypatch.setattr(limits.time, "perf_counter", lambda: steady)
+    until = Limits(until=1600, timeout=None, max_errors=None, began=steady)
+    timeout = Limits(until=None, timeout=600, max_errors=None, began=steady)
     wall = 9000.0
     assert until.reached(0)
     assert not timeout.reached(0)
@@ -125,8 +129,35 @@ def test_each_limit_ends_a_run_and_leaves_no_line_that_did_not_run_failed(model_
     assert outcome.exit_code is ExitCode.STOPPED
     counts = outcome.report.request_counts
     assert (counts.completed, counts.failed, counts.remaining) == (0, 3, 12)
+    if "max_errors" in limit:  # the same command goes on: what failed before counts for that start
+        shutil.copytree(out, tmp_path / "b.run")
+        again = batchrun.run(job, model=str(model_dir()), out=tmp_path / "b.run", in_process=True, limits=limit)
+        assert (again.request_counts.completed, again.request_counts.failed) == (12, 3)
     report = batchrun.run(job, model=str(model_dir()), out=out, in_process=True, limits={"max_errors": 3})
     assert (report.request_counts.completed, report.request_counts.failed) == (12, 3)
+
+
+def test_time_counts_from_the_command_on_and_not_from_when_the_job_was_there(model_dir, tmp_path, monkeypatch):
+    """Such as a job that took an hour to fetch: the next 06:00 is that after the command."""
+    seen: list[datetime] = []
+    parse = pipeline.parse_until
+
+    def noted(value: str, now: datetime) -> float:
+        seen.append(now)
+        return parse(value, now)
+
+    monkeypatch.setattr(pipeline, "parse_until", noted)
+    lint = pipeline.lint_job
+
+    def slowly(*args: Any) -> Any:
+        time.sleep(0.6)
+        return lint(*args)
+
+    monkeypatch.setattr(pipeline, "lint_job", slowly)
+    job, began = write_job(tmp_path), datetime.now()
+    config = load_config(model=str(model_dir()), limits={"until": "23:59:59", "timeout": 0.5}, in_process=True)
+    assert pipeline.run_job(str(job), config).exit_code is ExitCode.STOPPED
+    assert abs((seen[0] - began).total_seconds()) < 0.5
 
 
 def test_a_request_that_takes_too_long_fails_alone(model_dir, tmp_path, monkeypatch):

@@ -336,7 +336,7 @@ def test_limits_of_the_run_are_not_those_of_a_retry(run, here, monkeypatch):
     with monkeypatch.context() as patched:
         faults(patched, {2: ("nan", 1)})
         run([*LINES, BAD[0]], limits={"max_errors": 2, "timeout": "1h", "until": "2099-01-01T00:00"})
-    stopped = retry("--max-errors", "0")
+    stopped = retry("--timeout", "0.001")
     assert stopped.exit_code == ExitCode.STOPPED
     assert "The same command again goes on" in stopped.stderr
     assert counts(here / "jobs.run") == (7, 5, 1, 1)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from factories import make_tokenizer
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
 from packaging.version import Version
@@ -690,3 +691,19 @@ def test_a_stop_string_is_found_in_decoded_tokens(kind):
         decoder, watch = IncrementalDecoder(tokenizer), StopStrings((stop,))
         assert any(watch.feed(decoder.push(token_id)) for token_id in ids)
         assert watch.text == expected
+
+
+def test_of_several_chat_templates_all_are_known(tmp_path):
+    """As Hermes 3 has them: how calls are written stands in the one for tools alone."""
+    make_tokenizer(tmp_path, chat_template=None)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_bytes())
+    texts = {"default": "{{ messages[0].content }}", "tool_use": "<tool_call>{{ tools }}{{ messages[0].content }}"}
+    settings["chat_template"] = [{"name": name, "template": text} for name, text in texts.items()]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert load_tokenizer(tmp_path).chat_template == "\n".join(texts.values())
+
+
+def test_words_that_are_forbidden_are_so_at_the_beginning_and_behind_a_space():
+    tokenizer = ours("byte_level")
+    assert tokenizer.encode_words([" one"]) == tokenizer.encode_words(["one"])
+    assert len(tokenizer.encode_words([" one"])) == 2

@@ -173,7 +173,7 @@ def batchrun_attention(
     pool = kv_cache.tokens[layer]
     sinks = None if s_aux is None else s_aux.float().view(kv_heads, -1).T.flatten()
     out = attend(
-        by_place.flatten(1, 2),
+        by_place.flatten(1, 2).contiguous(),
         kv,
         batch,
         pool,

@@ -127,7 +127,7 @@ class CudaDevice(Device):
             size += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
         if size > self._buffer.numel():
             self._buffer = torch.empty(2 * size, dtype=torch.uint8, device=self.name)
-            self._graphs.clear()  # they read the buffer that is gone
+            self._forget_graphs()  # they read the buffer that is gone
         # Pinned memory from torch's cache: it is not given out again before the copy from it has been made.
         staged = torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned)
         host = staged.numpy()
@@ -173,8 +173,14 @@ class CudaDevice(Device):
         """torch does."""
 
     def give_back(self) -> None:
-        self._graphs.clear()
+        self._forget_graphs()
         torch.cuda.empty_cache()
+
+    def _forget_graphs(self) -> None:
+        """Their memory goes with the last of them, and what may be left of it is not to be captured into again."""
+        self._graphs.clear()
+        if self._use_graphs:
+            self._pool = torch.cuda.graph_pool_handle()
 
     def kv_memory(self, share: float, largest_step: Callable[[], None]) -> int | None:
         torch.cuda.empty_cache()

@@ -16,25 +16,26 @@ class Limits:
 
     Args:
         until: seconds of Unix time. The system's clock is looked at again and again, so that a change of it counts.
-        timeout: seconds from now; a change of the clock does not count.
-        max_errors: failed lines that are put up with.
+        timeout: seconds from the beginning; a change of the clock does not count.
+        max_errors: failed lines of this start that are put up with.
+        began: when that was, by `time.perf_counter`.
     """
 
-    def __init__(self, *, until: float | None, timeout: float | None, max_errors: int | None) -> None:
+    def __init__(self, *, until: float | None, timeout: float | None, max_errors: int | None, began: float) -> None:
         self._until = until
         self._timeout = timeout
         self._max_errors = max_errors
-        self._began = time.monotonic()
+        self._began = began
 
     def reached(self, failed: int) -> str | None:
         """Which limit it is, in words, or None.
 
         Args:
-            failed: lines that have failed so far.
+            failed: lines that have failed since the beginning.
         """
         if self._until is not None and time.time() >= self._until:
             return f"it is {datetime.fromtimestamp(self._until):%Y-%m-%d %H:%M:%S} (--until)"
-        if self._timeout is not None and time.monotonic() - self._began >= self._timeout:
+        if self._timeout is not None and time.perf_counter() - self._began >= self._timeout:
             return f"{self._timeout:g} s have passed (--timeout)"
         if self._max_errors is not None and failed > self._max_errors:
             return f"{failed:,} lines have failed, more than {self._max_errors:,} (--max-errors)"

@@ -9,12 +9,15 @@ from batchrun.request import Requests, SamplingParams
 from batchrun.schedule.scheduler import Finished
 from batchrun.tokenizer import IncrementalDecoder, StopStrings, Tokenizer
 
+_BEHIND = 8  # tokens of an echoed prompt that its answer is decoded behind
+
 
 class _Watched:
     """The text of one answer under way. Stop strings count from the token after `min_tokens` on."""
 
-    def __init__(self, tokenizer: Tokenizer, sampling: SamplingParams) -> None:
-        self._decoder = IncrementalDecoder(tokenizer, skip_special_tokens=sampling.skip_special_tokens)
+    def __init__(self, tokenizer: Tokenizer, sampling: SamplingParams, behind: list[int]) -> None:
+        skip = sampling.skip_special_tokens
+        self._decoder = IncrementalDecoder(tokenizer, skip_special_tokens=skip, behind=behind)
         self._matcher = StopStrings(sampling.stop, keep=sampling.include_stop_str_in_output)
         self._before = sampling.min_tokens
         self._head = ""  # text that came before stop strings count
@@ -61,7 +64,8 @@ class TextStops:
             watched = self._watched.get(request)
             if watched is None:
                 sampling = self._requests.sampling[self._requests.sampling_id[request]]
-                watched = _Watched(self._tokenizer, sampling)
+                behind = self._requests.tokens[request][-_BEHIND:].tolist() if sampling.echo else []
+                watched = _Watched(self._tokenizer, sampling, behind)
                 self._watched[request] = watched
             stopped[row] = watched.push(int(token_ids[row]))
         return stopped
@@ -72,12 +76,10 @@ class TextStops:
         sampling = requests.sampling[requests.sampling_id[finished.request]]
         skip = sampling.skip_special_tokens
         watched = self._watched.pop(finished.request, None)
+        prompt = requests.tokens[finished.request].tolist() if sampling.echo else []
         if watched is not None:
             text, by_text = watched.end()
-        else:
-            ids = finished.token_ids[:-1] if finished.ended else finished.token_ids
-            text, by_text = self._tokenizer.decode(ids.tolist(), skip_special_tokens=skip), False
-        if sampling.echo:
-            prompt = requests.tokens[finished.request]
-            text = self._tokenizer.decode(prompt.tolist(), skip_special_tokens=skip) + text
-        return text, by_text
+            return self._tokenizer.decode(prompt, skip_special_tokens=skip) + text, by_text
+        ids = finished.token_ids[:-1] if finished.ended else finished.token_ids
+        # At once: many decoders treat the first token of a text in a special way.
+        return self._tokenizer.decode([*prompt, *ids.tolist()], skip_special_tokens=skip), False

@@ -9,6 +9,7 @@ import functools
 import gzip
 import hashlib
 import json
+import os
 import re
 import reprlib
 import shutil
@@ -171,6 +172,8 @@ def spool_stdin(destination: Path, stream: BinaryIO) -> JobSource:
     try:
         with part.open("wb") as file:
             shutil.copyfileobj(stream, file, _BLOCK)
+            file.flush()
+            os.fsync(file.fileno())  # it may be the only one
         part.replace(destination)
     except OSError as error:
         with suppress(OSError):
@@ -379,7 +382,11 @@ def _read_line(
             hints = {}
         content, options, said = _read_body(endpoint, body, hints, unknown)
     except _Fault as fault:
+        first_line(custom_id, number)  # it has an outcome: no line behind it may have another one by its name
         return LineFault(number, custom_id, fault.code, str(fault), fault.param)
+    except (TypeError, ValueError, RecursionError) as error:  # what nobody has thought of ends no run
+        first_line(custom_id, number)
+        return LineFault(number, custom_id, "invalid_request", _readable(f"the line cannot be read: {error}"), None)
     messages, prompts = (content, None) if endpoint is Endpoint.CHAT else (None, content)
     # By place: by name it would take three times as long.
     return JobLine(
@@ -634,7 +641,7 @@ def _forced_calls(choice: str | _Named, tools: tuple[dict[str, Any], ...], paral
     if not functions:
         raise _Fault("invalid_request", "tool_choice", f"tool_choice {_shown(choice)} needs tools, and there are none")
     wanted = [[function["name"], _parameters(function)] for function in functions]
-    return Grammar("tools", orjson.dumps({"tools": wanted, "many": parallel}).decode())
+    return Grammar("tools", _dumped("tools", {"tools": wanted, "many": parallel}))
 
 
 def _parameters(function: dict[str, Any]) -> dict[str, Any]:
@@ -649,6 +656,8 @@ def _parameters(function: dict[str, Any]) -> dict[str, Any]:
         raise _invalid(
             "tools", schema, f"functions whose parameters are a JSON schema of an object; those of {name} are"
         )
+    if type(schema.get("x-guidance", {})) is not dict:
+        raise _invalid("tools", schema, f"functions whose x-guidance is an object; that of {name} is none")
     return {**schema, "type": "object"}
 
 
@@ -992,7 +1001,17 @@ def _json_schema(name: str, value: Any) -> Grammar:
             raise _invalid(name, value, f"a JSON schema (as a text it is not valid JSON: {error.msg})") from None
     if type(schema) not in (dict, bool):
         raise _invalid(name, value, "a JSON schema, as an object or as the text of one")
-    return Grammar("json", orjson.dumps(schema).decode())
+    if type(schema) is dict and type(schema.get("x-guidance", {})) is not dict:
+        raise _invalid(name, value, "a JSON schema whose x-guidance is an object")
+    return Grammar("json", _dumped(name, schema))
+
+
+def _dumped(name: str, value: Any) -> str:
+    """A value of a line in JSON again, which can be nested less deeply than what is read."""
+    try:
+        return orjson.dumps(value).decode()
+    except TypeError:
+        raise _Fault("invalid_request", name, f"{name} is nested too deeply") from None
 
 
 def _any_object(name: str, value: Any) -> Grammar | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
@@ -89,6 +90,11 @@ def result_line(
     return _batch_line(custom_id, line, response, None, group=group, attempts=attempts, seed=seed, dedup_of=dedup_of)
 
 
+def _call_id(digest: str, number: int) -> str:
+    """The id of a call: 9 letters and digits, as the templates of Mistral's models demand where it comes back."""
+    return base64.b32encode(hashlib.blake2b(f"{digest}-{number}".encode(), digest_size=6).digest()).decode().lower()[:9]
+
+
 def _message(choice: Result, digest: str) -> dict[str, Any]:
     """What the assistant says."""
     message: dict[str, Any] = {"role": "assistant", "content": choice.text or (None if choice.tool_calls else "")}
@@ -96,7 +102,7 @@ def _message(choice: Result, digest: str) -> dict[str, Any]:
         message["reasoning_content"] = choice.reasoning
     if choice.tool_calls:
         message["tool_calls"] = [
-            {"id": f"call_{digest}-{i}", "type": "function", "function": {"name": name, "arguments": arguments}}
+            {"id": _call_id(digest, i), "type": "function", "function": {"name": name, "arguments": arguments}}
             for i, (name, arguments) in enumerate(choice.tool_calls)
         ]
     return message

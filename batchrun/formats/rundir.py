@@ -371,6 +371,7 @@ class Recovered:
         error_codes: number of error lines by code.
         replaced: int64, sorted: job lines that were taken out to be run again, at any time.
         attempts: int64, for each of `replaced`, how often it was tried before.
+        again: int64: job lines that the last retry has taken out.
     """
 
     results: Int64
@@ -378,6 +379,7 @@ class Recovered:
     error_codes: dict[str, int]
     replaced: Int64 = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     attempts: Int64 = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    again: Int64 = field(default_factory=lambda: np.empty(0, dtype=np.int64))
 
     def unfinished(self, lines: Iterable[Numbered]) -> Iterator[Numbered]:
         """Those of some lines of the job, or of their faults, that have neither a result nor an error; 8 bytes of
@@ -576,12 +578,13 @@ class RunDir:
             return Recovered(results, errors, codes)
         *_, last = self.run.retries
         numbers, attempts = _read_replaced(self.path / REPLACED, last.size)
-        if last.taken:
-            return Recovered(results, errors, codes, *_most_by_line(numbers, attempts))
+        again = numbers[numbers.size - last.lines :] if numbers.size >= last.lines else numbers
+        if last.taken:  # and what was kept aside may be gone
+            return Recovered(results, errors, codes, *_most_by_line(numbers, attempts), again)
         if numbers.size < last.lines:
             raise _unsound(self.path / REPLACED, f"it has not the {last.lines} lines that were to be run again")
         for name in (RESULTS, ERRORS):
-            _drop_lines(self.path / name, numbers[numbers.size - last.lines :])
+            _drop_lines(self.path / name, again)
         self._save(
             dataclasses.replace(self.run, retries=(*self.run.retries[:-1], dataclasses.replace(last, taken=True)))
         )
@@ -612,6 +615,13 @@ class RunDir:
             )
         )
         return self.recover()
+
+    def note_results(self, results: str) -> None:
+        """Note where the answers of a finished run go besides, so that a retry writes them there anew."""
+        assert self.run is not None
+        settings = dict(self.run.settings or {})
+        settings["output"] = {**settings.get("output", {}), "results": results}
+        self._save(dataclasses.replace(self.run, settings=settings, source=self._source or self.run.source))
 
     def expect(self, fingerprint: Fingerprint, *, hint: str | None = None) -> None:
         """See that the run is of this fingerprint.

@@ -29,7 +29,7 @@ from batchrun.formats.rundir import (
     sync_directory,
 )
 from batchrun.formats.source import Shard, Source
-from batchrun.locations import is_url, redact
+from batchrun.locations import is_url, redact_location
 from batchrun.report.records import Warned
 from batchrun.sources.stores import File, find, has_magic, kind_of, needs_pyarrow
 from batchrun.sources.tables import Lines, chunks, column_names, schema_of
@@ -153,7 +153,8 @@ def _refuse_columns(config: InputConfig, where: str) -> None:
     ]
     if given:
         raise UsageError(
-            f"--{given[0].replace('_', '-')} is for the rows of tables, and {redact(where)} has lines of a job.",
+            f"--{given[0].replace('_', '-')} is for the rows of tables, and {redact_location(where)} has lines of a "
+            "job.",
             hint="Leave it out; with --template or --prompt-column a file of JSON lines is a table.",
         )
 
@@ -168,7 +169,9 @@ def _default_out(job: str) -> Path:
     if has_magic(str(path)):
         path = next(above for above in path.parents if not has_magic(str(above)))
     if path.name in ("", ".."):
-        raise UsageError(f"{redact(job)} does not say how to name the run directory.", hint="Give one with -o DIR.")
+        raise UsageError(
+            f"{redact_location(job)} does not say how to name the run directory.", hint="Give one with -o DIR."
+        )
     path = Path(path.name) if is_url(job) else path
     return path.with_name(f"{path.name}.run") if path.is_dir() else JobSource(path).default_out()
 
@@ -222,7 +225,7 @@ class _Bringing:
         self.warnings = tuple(self.template.warnings()) if self.template is not None else ()
         self.columns = columns
         self.source = Source(
-            location=redact(job) if is_url(job) else str(Path(job).absolute()),
+            location=redact_location(job) if is_url(job) else str(Path(job).absolute()),
             kind="",
             prompt_column=config.prompt_column,
             id_column=config.id_column,

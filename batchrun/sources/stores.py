@@ -6,12 +6,13 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, BinaryIO
 
 from batchrun.errors import BatchrunError, OutputError, UsageError
 from batchrun.formats.job import unpacked
-from batchrun.locations import is_url, redact
+from batchrun.formats.rundir import LOCK, RUN_FILES
+from batchrun.locations import is_url, redact, redact_location
 
 _PACKED = (".gz", ".zst")
 _KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".pq": "parquet"}
@@ -122,14 +123,14 @@ def find(location: str) -> list[File]:
         files = [_file(store, name, found[name], above) for name in sorted(found)]
     if not files:
         raise UsageError(
-            f"{redact(location)} has no job: there is no .jsonl, .csv, .tsv or .parquet file.",
+            f"{redact_location(location)} has no job: there is no .jsonl, .csv, .tsv or .parquet file.",
             hint="Check the name; a pattern such as 'data/**/*.parquet' reaches further down.",
         )
     kinds = {file.kind: file.name for file in files}
     if len(kinds) > 1:
         names = " and ".join(sorted(kinds.values()))
         raise UsageError(
-            f"{redact(location)} has files of several kinds: {redact(names)}.",
+            f"{redact_location(location)} has files of several kinds: {redact(names)}.",
             hint="Name those that you mean with a pattern, such as 'data/*.jsonl'.",
         )
     return files
@@ -203,9 +204,11 @@ def reading(location: str) -> AbstractContextManager[None]:
         if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, OSError):
             error = error.__cause__  # nothing was asked: its server could not be reached
         elif isinstance(error, FileNotFoundError):
-            return UsageError(f"There is nothing at {redact(location)}.", hint="Check the name, and who may read it.")
+            return UsageError(
+                f"There is nothing at {redact_location(location)}.", hint="Check the name, and who may read it."
+            )
         return UsageError(
-            f"{redact(location)} cannot be read: {_words(error)}",
+            f"{redact_location(location)} cannot be read: {_words(error)}",
             hint="Check the name, the network and who may read it.",
         )
 
@@ -217,7 +220,7 @@ def writing(location: str) -> AbstractContextManager[None]:
     return _telling(
         location,
         lambda error: OutputError(
-            f"{redact(location)} cannot be written: {_words(error)}",
+            f"{redact_location(location)} cannot be written: {_words(error)}",
             hint="The answers are in the run directory; the same command again writes them there.",
             code="output_not_writable",
         ),
@@ -225,7 +228,7 @@ def writing(location: str) -> AbstractContextManager[None]:
 
 
 def _words(error: Exception) -> str:
-    told = redact(" ".join(str(getattr(error, "strerror", None) or error).split())[:500])
+    told = redact(" ".join(str(getattr(error, "strerror", None) or error).split()))[:500]
     told = told if told.isprintable() else ascii(told)[1:-1]
     return f"{type(error).__name__}: {told}" if told else type(error).__name__
 
@@ -235,7 +238,7 @@ def _missing(location: str, error: ImportError) -> tuple[str, str]:
     protocol = location.rpartition("::")[2].partition("://")[0] if is_url(location) else ""
     extra = "parquet" if error.name == "pyarrow" else _EXTRAS.get(protocol)
     hint = f"Install it with pip install 'batchrun[{extra}]'." if extra else f"fsspec says: {redact(str(error))}"
-    return f"{redact(location)} needs a library that is not installed: {redact(str(error))}.", hint
+    return f"{redact_location(location)} needs a library that is not installed: {redact(str(error))}.", hint
 
 
 def needs_pyarrow(what: str) -> Any:
@@ -248,7 +251,7 @@ def needs_pyarrow(what: str) -> Any:
         import pyarrow.parquet
     except ImportError:
         raise UsageError(
-            f"{redact(what)}: Parquet needs pyarrow, which is not installed.",
+            f"{redact_location(what)}: Parquet needs pyarrow, which is not installed.",
             hint="Install it with pip install 'batchrun[parquet]'.",
         ) from None
     return pyarrow.parquet
@@ -279,6 +282,29 @@ def put(file: Path, location: str) -> None:
             raise
 
 
+def refuse_own_file(location: str, job: str, out: Path) -> None:
+    """See that answers are not to be written over the run's own files, or into its job.
+
+    Args:
+        out: the run's directory.
+
+    Raises:
+        UsageError: they are.
+    """
+    if is_url(location):
+        return
+    there = os.path.realpath(location)
+    if there in {os.path.realpath(out / name) for name in (*RUN_FILES, LOCK)}:
+        raise UsageError(
+            f"--results: {location} is a file of the run itself, which has its answers there anyway.",
+            hint="Name another place.",
+        )
+    if not is_url(job) and has_magic(job) and PurePath(there).match(os.path.abspath(job)):  # noqa: PTH100
+        raise UsageError(
+            f"--results: {location} is one of the files that {job} names, or would be.", hint="Name another place."
+        )
+
+
 def check_writable(location: str, job: str) -> None:
     """See, before anything is computed, that a place for answers can be written as far as that can be known.
 
@@ -299,6 +325,6 @@ def check_writable(location: str, job: str) -> None:
         store, _ = open_store(location)
     if _protocol(store) in _WEB:
         raise UsageError(
-            f"--results: {redact(location)} cannot be written to: the web only gives files.",
+            f"--results: {redact_location(location)} cannot be written to: the web only gives files.",
             hint="Name a local file, or a store such as s3://bucket/name.parquet.",
         )

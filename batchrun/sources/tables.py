@@ -15,7 +15,7 @@ import orjson
 from batchrun.config import InputConfig
 from batchrun.errors import UsageError
 from batchrun.formats.job import MAX_LINE_BYTES
-from batchrun.locations import redact
+from batchrun.locations import redact_location
 from batchrun.sources.stores import File, needs_pyarrow
 from batchrun.sources.template import Template
 
@@ -83,7 +83,9 @@ def chunks(file: File, needed: Sequence[str], *, columns: Any = None) -> Iterato
 
 def _unique(names: list[str], file: File) -> list[str]:
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise UsageError(f"{redact(file.location)} has two columns of the name {twice[0]!r}.", hint="Rename one.")
+        raise UsageError(
+            f"{redact_location(file.location)} has two columns of the name {twice[0]!r}.", hint="Rename one."
+        )
     return names
 
 
@@ -117,16 +119,20 @@ def _csv_rows(file: File) -> Iterator[list[str]]:
     try:
         header = next((row for row in reader if row), None)
         if header is None:
-            raise UsageError(f"{redact(file.location)} is empty: a table has its columns' names in its first line.")
+            raise UsageError(
+                f"{redact_location(file.location)} is empty: a table has its columns' names in its first line."
+            )
         if not _is_text("".join(header)):
-            raise UsageError(f"{redact(file.location)} is not in UTF-8.", hint="Convert it, for instance with iconv.")
+            raise UsageError(
+                f"{redact_location(file.location)} is not in UTF-8.", hint="Convert it, for instance with iconv."
+            )
         yield _unique(header, file)
         for row in reader:
             if row:
                 yield row
     except csv.Error as error:
         raise UsageError(
-            f"{redact(file.location)} is not sound CSV in line {reader.line_num}: {error}.",
+            f"{redact_location(file.location)} is not sound CSV in line {reader.line_num}: {error}.",
             hint='A text with quotes or line ends stands in quotes, and a quote in it is written "".',
         ) from None
 
@@ -261,7 +267,7 @@ class Lines:
         def look(name: str, option: str) -> str:
             if name not in there:
                 raise UsageError(
-                    f"{redact(where)} has no column {name!r} ({option}).", hint=f"It has {_listed(there)}."
+                    f"{redact_location(where)} has no column {name!r} ({option}).", hint=f"It has {_listed(there)}."
                 )
             return name
 
@@ -276,8 +282,8 @@ class Lines:
             both = [name for name in (_MESSAGES, _PROMPT) if name in there]
             if len(both) != 1:
                 raise UsageError(
-                    f"{redact(where)} has {'both' if both else 'no'} column {_MESSAGES!r} {'and' if both else 'or'} "
-                    f"{_PROMPT!r}: which has the prompts?",
+                    f"{redact_location(where)} has {'both' if both else 'no'} column {_MESSAGES!r} "
+                    f"{'and' if both else 'or'} {_PROMPT!r}: which has the prompts?",
                     hint=f"Name it with --prompt-column, or give a --template. There are {_listed(there)}.",
                 )
             self._prompt = both[0]
@@ -292,7 +298,7 @@ class Lines:
             try:
                 of_template = template.columns(there)
             except UsageError as error:
-                raise UsageError(error.message, hint=f"{redact(where)} has {_listed(there)}.") from None
+                raise UsageError(error.message, hint=f"{redact_location(where)} has {_listed(there)}.") from None
         named = [name for name in (self._prompt, self._id) if name is not None]
         self.needed = list(dict.fromkeys([*named, *self._fields, *of_template]))
 

@@ -221,6 +221,19 @@ def test_equals_generate_by_transformers_own_layers(
     assert [without_end(each) for each in found] == [without_end(each) for each in generated(model)]
 
 
+@pytest.mark.parametrize("attention", ["compiled", "torch"])
+@pytest.mark.parametrize("kv_heads", [1, 4])
+@pytest.mark.parametrize("architecture", ["phi3", "gemma2-window", "gpt_oss-window"])
+def test_equals_generate_with_one_kv_head_and_with_as_many_as_heads(
+    model_dir: ModelFactory, architecture: str, kv_heads: int, attention: Attention
+) -> None:
+    """Layers leave queries in different orders of memory."""
+    model = model_dir(architecture, num_key_value_heads=kv_heads)
+    requests = make_requests(PROMPTS, [NEW_TOKENS] * len(PROMPTS))
+    found = answers_of(model, requests, pages=70, page_size=4, step_tokens=19, attention=attention)
+    assert [without_end(each) for each in found] == [without_end(each) for each in generated(model)]
+
+
 @pytest.mark.parametrize("architecture", ["llama-biases", "qwen2-window", "gemma2-window", "gpt_oss-window"])
 def test_equals_generate_without_compiled_kernels(model_dir: ModelFactory, architecture: str) -> None:
     model = model_dir(architecture)

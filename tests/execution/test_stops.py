@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 from factories import CORPUS, make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import make_requests
+from transformers import PreTrainedTokenizerFast
 
 import batchrun
 from batchrun.execution.stops import TextStops
@@ -32,6 +34,30 @@ def tokenizer() -> Tokenizer:
     with TemporaryDirectory() as folder:
         make_tokenizer(Path(folder))
         return load_tokenizer(Path(folder))
+
+
+@cache
+def pieces() -> Tokenizer:
+    """A tokenizer as Llama 2 and Mistral have one: a word begins with its space, but for the first of a text."""
+    words = ["<unk>", "</s>", *(f"\u2581{word}" for word in ("The", "capital", "is", "Paris")), "."]
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    made.decoder = tokenizers.decoders.Metaspace()
+    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>"))
+
+
+@pytest.mark.parametrize(("stop", "text"), [((), "The capital is Paris."), ((".",), "The capital is Paris")])
+def test_an_echoed_prompt_and_its_answer_are_one_text(stop: tuple[str, ...], text: str) -> None:
+    """Without a space the two would run into each other: decoders leave out that of the first word."""
+    [prompt] = pieces().encode_batch(["The capital is"])
+    requests = make_requests([prompt], [4])
+    requests.sampling[0] = SamplingParams(temperature=0.0, stop=stop, echo=True)
+    answer = np.array([5, 6], dtype=np.int32)
+    stops = TextStops(pieces(), requests)
+    for token in answer:
+        stops.watch(np.array([0], dtype=np.int32), np.array([token], dtype=np.int32), np.array([False]))
+    finished = Finished(0, answer, FinishReason.LENGTH, ended=False, cached_tokens=0)
+    assert stops.text(finished) == (text, bool(stop))
 
 
 def ids_of(text: str) -> list[int]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from batchrun.formats import job as job_module
 from batchrun.formats.job import lint_job, open_job, read_job
 from batchrun.request import Endpoint, Grammar, JobLine, LineFault, LineOptions, ToolChoice
 
@@ -29,6 +30,18 @@ def chat(**body: Any) -> dict[str, Any]:
 
 def completion(**body: Any) -> dict[str, Any]:
     return {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "Hello", **body}}
+
+
+def deep(levels: int) -> dict[str, Any]:
+    """A schema nested more deeply than it can be written again."""
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(levels):
+        schema = {"type": "object", "properties": {"a": schema}}
+    return schema
+
+
+def function_of(parameters: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "clock", "parameters": parameters}}
 
 
 def sound(tmp_path: Path, line: Any) -> JobLine:
@@ -734,3 +747,36 @@ def test_lint_counts(tmp_path):
     assert lint.unknown_fields == Counter(mood=2, tone=1)
     assert lint.models == Counter(m=2)
     assert lint.fingerprint == source.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"guided_json": deep(200)}, "guided_json"),
+        ({"guided_json": json.dumps(deep(200))}, "guided_json"),
+        ({"guided_json": {"x-guidance": None}, "guided_whitespace_pattern": " ?"}, "guided_json"),
+        ({"structured_outputs": {"json": {"x-guidance": 5}, "disable_any_whitespace": True}}, None),
+        ({"tools": [function_of(deep(200))], "tool_choice": "required"}, "tools"),
+        ({"tools": [function_of({"type": "object", "x-guidance": None})], "tool_choice": "required"}, "tools"),
+    ],
+)
+def test_an_odd_schema_is_a_fault_of_its_line(tmp_path, fields, param):
+    found = fault(tmp_path, chat(**fields))
+    assert found.code == "invalid_request"
+    assert param is None or found.param == param
+
+
+def test_what_nobody_has_thought_of_is_a_fault_of_its_line(tmp_path, monkeypatch):
+    def odd(*_: Any) -> Any:
+        raise TypeError("an odd thing")
+
+    read_body = job_module._read_body
+    monkeypatch.setattr(job_module, "_read_body", lambda *a: odd() if a[1].get("seed") == 77 else read_body(*a))
+    found = fault(tmp_path, chat(seed=77))
+    assert (found.code, found.message) == ("invalid_request", "the line cannot be read: an odd thing")
+
+
+def test_a_name_that_a_bad_line_was_given_has_one_outcome(tmp_path):
+    bad, taken = read(tmp_path, "{", {"id": "line-1", "prompt": "x"})
+    assert (bad.custom_id, bad.code) == ("line-1", "invalid_json_line")
+    assert (taken.custom_id, taken.code) == ("line-1", "duplicate_custom_id")

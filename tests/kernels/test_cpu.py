@@ -274,15 +274,16 @@ def test_extreme_scores_neither_overflow_nor_vanish(score: float, without: str) 
         torch.testing.assert_close(found[0], mean.float().expand(2, 2, 16), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("without", WITHOUT)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_is_no_number_shows_in_the_rows_that_see_it_and_in_no_other(dtype: torch.dtype) -> None:
+def test_what_is_no_number_shows_in_the_rows_that_see_it_and_in_no_other(dtype: torch.dtype, without: str) -> None:
     """So that it is known whose the fault is."""
     step = make_step(forest(), 16)
     layer = make_layer(step, 16, dtype=dtype)
     work = work_of(step, 16, 2, 2)
-    sound = kernels(dtype).attend(layer.query, layer.pool, work, **layer.options)
+    sound = kernels(dtype, without).attend(layer.query, layer.pool, work, **layer.options)
     layer.query[5] = float("nan")
-    found = kernels(dtype).attend(layer.query, layer.pool, work, **layer.options)
+    found = kernels(dtype, without).attend(layer.query, layer.pool, work, **layer.options)
     assert found[5].isnan().all()
     others = torch.arange(step.num_rows) != 5
     assert same_bits(found[others], sound[others])
@@ -292,7 +293,7 @@ def test_what_is_no_number_shows_in_the_rows_that_see_it_and_in_no_other(dtype: 
         layer = make_layer(step, 16, dtype=dtype)
         place = step.sees[-29][-1][1]  # the first row of the last chunk: all rows of the chunk see it
         layer.pool[place, part] = float("nan")
-        found = kernels(dtype).attend(layer.query, layer.pool, work, **layer.options)
+        found = kernels(dtype, without).attend(layer.query, layer.pool, work, **layer.options)
         mine = torch.from_numpy(own == own[-1])
         assert int(mine.sum()) == 29
         assert found[mine].isnan().all()

@@ -203,6 +203,33 @@ def test_a_finished_run_writes_it_where_it_is_asked_for_later(run, table, here):
     check_answers(written.to_pylist(), lines_of(again.run_dir))
 
 
+def test_a_retry_writes_it_anew_where_it_was_asked_for_later(run, table, here):
+    run("t.parquet", results=None)
+    assert run("t.parquet", results="answers.parquet").already_done
+    before = pq.read_table("answers.parquet")
+    retry_run(here / "t.run", finish_reason="length", max_tokens=12)
+    assert pq.read_table("answers.parquet") != before
+
+
+@pytest.mark.parametrize("name", ["results.jsonl", "errors.jsonl", "job.jsonl", "columns.parquet", "replaced.jsonl"])
+def test_it_is_no_file_of_the_run_itself(name, run, table, here):
+    with pytest.raises(UsageError, match="is a file of the run itself"):
+        run("t.parquet", results=f"t.run/../t.run/{name}")
+    assert not (here / "t.run" / "run.json").exists()
+
+
+@pytest.mark.parametrize("name", ["parts/a.jsonl", "parts/all.jsonl"])
+def test_it_is_no_file_that_the_job_names_by_a_pattern(name, run, here):
+    (here / "parts").mkdir()
+    for part in "ab":
+        (here / "parts" / f"{part}.jsonl").write_text(json.dumps({"id": part, "prompt": "x"}) + "\n")
+    before = (here / "parts" / "a.jsonl").read_bytes()
+    with pytest.raises(UsageError, match=r"parts/\*\.jsonl"):
+        run("parts/*.jsonl", results=name, input={})
+    assert (here / "parts" / "a.jsonl").read_bytes() == before
+    assert run("parts/*.jsonl", results="all.jsonl", input={}).exit_code == 0
+
+
 def test_retry_and_close_write_it_anew(run, table, here):
     run("t.parquet", results="answers.parquet")
     before = pq.read_table("answers.parquet")

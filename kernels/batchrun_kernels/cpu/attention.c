@@ -327,7 +327,7 @@ static void run(const Work *work, const Attention *layer, int block, int head) {
             memset(s.sums + v * width, 0, width * sizeof(float));
             memset(s.total + v * LANES, 0, LANES * sizeof(float));
             s.most[v] = layer->sinks ? layer->sinks[at / dim] * LOG2_E : -INFINITY;
-            if (layer->sinks) s.total[v * LANES] = 1;
+            if (s.most[v] > -INFINITY) s.total[v * LANES] = 1;
         }
 
     while (next_chunk(work, layer, block, head, &walk, &chunk)) {

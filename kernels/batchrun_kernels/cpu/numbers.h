@@ -114,6 +114,7 @@ INLINE floats chosen(ints where, floats yes, floats no) {
     return (floats)((where & (ints)yes) | (~where & (ints)no));
 }
 
+/* The second where one of them is no number. */
 INLINE floats larger(floats a, floats b) {
 #if defined(__AVX512F__)
     return (floats)_mm512_max_ps((__m512)a, (__m512)b);
@@ -132,7 +133,7 @@ INLINE floats power_of_two(floats x) {
     floats n = (floats)_mm512_roundscale_ps((__m512)x, 0);
 #else
     const floats magic = all_of(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer, in the last bits */
-    x = larger(x, all_of(-126.0f));
+    x = larger(all_of(-126.0f), x); /* in this order what is no number stays none */
     floats shifted = x + magic, n = shifted - magic;
 #endif
     floats r = x - n;
