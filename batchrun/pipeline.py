@@ -88,7 +88,7 @@ from batchrun.report.records import (
     Warned,
     step_seconds,
 )
-from batchrun.report.wording import printable
+from batchrun.report.wording import plural, printable
 from batchrun.request import FinishReason, JobLine, LineFault
 from batchrun.schedule.scheduler import Finished, Scheduler
 from batchrun.schedule.step import Step, StepOutput
@@ -526,7 +526,7 @@ class Run:
                 Warned(
                     "resumed",
                     done,
-                    f"{done:,} lines were finished by an earlier start; tokens, steps and times are of the rest",
+                    f"finished by an earlier start: {plural(done, 'line')}; tokens, steps and times are of the rest",
                 )
             )
         limits = prepared.requests.max_new_tokens[prepared.answers.request]
