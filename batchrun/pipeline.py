@@ -60,6 +60,7 @@ from batchrun.formats.rundir import (
 )
 from batchrun.models import load_device_spec
 from batchrun.planning.cost import Work
+from batchrun.planning.memory import page_size_on
 from batchrun.prefix.doctor import Diagnosis, diagnose
 from batchrun.prefix.explain import Explanation, SharedRuns, Timetable, explain, shared_runs
 from batchrun.prefix.forest import PrefixForest
@@ -505,11 +506,12 @@ class Run:
 
         config = self.config
         device = load_device_spec(config.device_spec or self.subject.device)  # before the model takes memory
+        page_size = page_size_on(device, config.scheduler.page_size)
         engine = self.engine or stack.enter_context(closing(start_engine(self.subject, config)))
         if device.kind != "cpu" and config.kv_memory is None:
             self._wait_for_engine(engine)
             rows = config.scheduler.step_tokens or device.step_tokens
-            left = engine.kv_memory(device.kv_share, rows, config.scheduler.page_size or device.page_size)
+            left = engine.kv_memory(device.kv_share, rows, page_size)
             config = config.model_copy(update={"kv_memory": left})
         self.observer.stage("read")
         lines = recovered.unfinished(sound_lines(self.source, self.config.limit))

@@ -82,7 +82,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "execution",
         "formats",
         "models",
-        "planning.cost",
+        "planning",
         "prefix",
         "prepare",
         "report",

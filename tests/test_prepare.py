@@ -97,6 +97,13 @@ def test_a_plan_for_a_device_that_is_not_here(device):
     assert expected.low < expected.seconds < expected.high
 
 
+@pytest.mark.parametrize("page_size", [8, 24, 256])
+def test_pages_that_a_gpu_has_no_kernel_for_are_refused_before_anything_is_loaded(page_size):
+    with pytest.raises(UsageError, match=f"Pages of {page_size} tokens"):
+        prepared(device_spec="h200", dtype="auto", scheduler={"page_size": page_size})
+    assert prepared(scheduler={"page_size": page_size}, limit=4).plan.budget.page_size == page_size
+
+
 def test_a_run_is_not_planned_with_the_figures_of_a_gpu_that_is_not_here():
     with pytest.raises(UsageError, match="figures of h200"):
         Subject.resolve(load_config(model="demo", device_spec="h200"), weights=True)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from batchrun.errors import UsageError
 from batchrun.specs import DeviceSpec, ModelSpec
+
+GPU_PAGE_SIZES = (16, 32, 64, 128)  # a tile of KV is a page there
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,21 @@ class MemoryBudget:
         return -(-num_tokens // self.page_size)
 
 
+def page_size_on(device: DeviceSpec, page_size: int | None) -> int:
+    """The page size that a run has: the one asked for, else the device's.
+
+    Raises:
+        UsageError: the kernels of a GPU have none for it.
+    """
+    size = page_size or device.page_size
+    if device.kind != "cpu" and size not in GPU_PAGE_SIZES:
+        raise UsageError(
+            f"Pages of {size} tokens (scheduler.page_size) are not for a GPU.",
+            hint=f"Choose one of: {', '.join(map(str, GPU_PAGE_SIZES))}.",
+        )
+    return size
+
+
 def make_budget(
     model: ModelSpec, device: DeviceSpec, dtype: str, *, kv_memory: int | None, page_size: int | None = None
 ) -> MemoryBudget:
@@ -40,8 +58,11 @@ def make_budget(
     Args:
         kv_memory: bytes for KV as the user set them, or None for the device's share of what the weights leave.
         page_size: in tokens; None for the device's.
+
+    Raises:
+        UsageError: as `page_size_on`.
     """
-    size = page_size or device.page_size
+    size = page_size_on(device, page_size)
     page_bytes = size * model.kv_bytes_per_token(dtype)
     weights = model.weight_bytes(dtype)
     if kv_memory is None:
