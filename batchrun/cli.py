@@ -633,7 +633,7 @@ class _Terminal:
 
     def __init__(self, *, quiet: bool) -> None:
         self._quiet = quiet
-        self._console = _Status(stderr=True, markup=False, highlight=False, emoji=False)
+        self._console = _console(stderr=True, kind=_Status)
         self._progress: Any = None
         self._rows = 0
         self._signalled = False
@@ -739,9 +739,9 @@ def _fail(message: str, hint: str | None, code: str | None, exit_code: ExitCode,
     sys.exit(exit_code)
 
 
-def _console(*, stderr: bool = False) -> Console:
+def _console(*, stderr: bool = False, kind: type[Console] = Console) -> Console:
     # Nothing from a job or a file is ever markup.
-    return Console(stderr=stderr, markup=False, highlight=False, emoji=False)
+    return kind(stderr=stderr, markup=False, highlight=False, emoji=False)
 
 
 def _write(data: bytes) -> None:

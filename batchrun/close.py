@@ -15,7 +15,7 @@ from batchrun.config import RunConfig
 from batchrun.devices import resolve_device
 from batchrun.errors import RunDirError
 from batchrun.formats.job import JobSource, lint_job, read_job
-from batchrun.formats.report import REPORT, Course, read_course, read_report, write_report
+from batchrun.formats.report import REPORT, Course, read_report, write_report
 from batchrun.formats.results import error_line, unrun_line
 from batchrun.formats.rundir import (
     ERRORS,
@@ -27,11 +27,9 @@ from batchrun.formats.rundir import (
     RunStatus,
     exit_code_of,
     sort_results,
-    write_text_atomic,
 )
 from batchrun.origin import job_of, settings_of
-from batchrun.pipeline import LOG, PAGE, Outcome, finished, log_to
-from batchrun.report.page import render_page
+from batchrun.pipeline import LOG, Outcome, finished, log_to, write_page
 from batchrun.report.records import KvUse, Report, RequestCounts, Seconds, StepLog, Throughput, TokenCounts, Warned
 from batchrun.request import LineFault
 from batchrun.sources.results import write_results
@@ -98,10 +96,7 @@ def _close(run_dir: RunDir, source: JobSource, total: int, config: RunConfig, co
     counts = RequestCounts(total, sink.completed, sink.failed, total - sink.completed - sink.failed)
     report = _report(path, run, config, counts, codes)
     write_report(path / REPORT, report)
-    course = Course(None, StepLog(), ())
-    with suppress(RunDirError):  # a log that is not sound costs what it would show
-        course = read_course(path, report)
-    write_text_atomic(path / PAGE, render_page(report, course.steps.columns, course.plan, course.starts))
+    write_page(path, report, Course(None, StepLog(), ()), again=True)
     closed = codes[CANCELLED] + codes[EXPIRED]  # some perhaps by an earlier call, which was killed
     status = RunStatus.CANCELLED if closed else RunStatus.COMPLETED
     run_dir.update(status, counts, errors=codes, exit_code=exit_code_of(counts))

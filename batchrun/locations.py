@@ -8,7 +8,7 @@ _USER = re.compile(r"(?P<scheme>[\w+.-]+)://(?P<user>[^/\s]*)@")
 # In a text a URL ends where white space is, or the quote that it began with.
 _WEB_QUERY = re.compile(r"""(?P<quote>['"])?(?P<before>https?://[^\s?#'"]*)[?#](?(quote)(?:(?!(?P=quote))\S)*|\S*)""")
 _QUERY = re.compile(r"[?#][^\s'\"<>]*=[^\s'\"<>]*")
-_URL = re.compile(r"(?P<scheme>[\w+.-]+)://(?:(?P<user>[^/?#]*)@)?(?P<rest>.*)", re.DOTALL)
+_URL = re.compile(r"(?P<scheme>[\w+.-]+)://(?:(?P<user>[^/?#]*)@)?(?P<place>[^?#]*)(?P<query>.*)", re.DOTALL)
 _WEB = ("http", "https")
 
 
@@ -34,15 +34,14 @@ def _redact_part(part: str) -> str:
     url = _URL.fullmatch(part)
     if url is None:
         return part
-    web = url["scheme"].lower() in _WEB
-    rest, query = re.match(r"([^?#]*)(.*)", url["rest"], re.DOTALL).groups()  # type: ignore[union-attr]
-    if query and (web or "=" in query):
+    query = url["query"]
+    if query and (url["scheme"].lower() in _WEB or "=" in query):
         query = "?***"
-    user = "" if url["user"] is None else "***@" if web or ":" in url["user"] else f"{url['user']}@"
-    return f"{url['scheme']}://{user}{rest}{query}"
+    before = f"{url['scheme']}://" if url["user"] is None else _without_user(url)
+    return f"{before}{url['place']}{query}"
 
 
-def _without_user(match: re.Match[str]) -> str:
-    if ":" in match["user"] or match["scheme"].lower() in _WEB:
-        return f"{match['scheme']}://***@"
-    return match[0]
+def _without_user(url: re.Match[str]) -> str:
+    """The scheme of a URL and what stands before its `@`."""
+    user = "***" if ":" in url["user"] or url["scheme"].lower() in _WEB else url["user"]
+    return f"{url['scheme']}://{user}@"

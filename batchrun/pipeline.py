@@ -577,13 +577,7 @@ class Run:
         if earlier is None:
             report = replace(report, seconds=replace(report.seconds, total=time.perf_counter() - self.began))
             write_report(self.run_dir.path / REPORT, report)
-        course = Course(self.planned, end.log, ())
-        if done:
-            with suppress(RunDirError):  # a log that is not sound costs what it would show
-                course = read_course(self.run_dir.path, report)
-        write_text_atomic(
-            self.run_dir.path / PAGE, render_page(report, course.steps.columns, course.plan, course.starts)
-        )
+        write_page(self.run_dir.path, report, Course(self.planned, end.log, ()), again=bool(done))
         return report, end.stopped
 
     def _run_model(
@@ -766,6 +760,19 @@ def _worker_errors() -> Iterator[None]:
             hint="What is finished is kept: the same command goes on once the cause is mended.",
             code="worker_lost",
         ) from lost
+
+
+def write_page(path: Path, report: Report, course: Course, *, again: bool) -> None:
+    """Write `report.html` into a run's directory.
+
+    Args:
+        course: how the run went, as far as it is at hand.
+        again: whether it is the run's directory that tells more of that.
+    """
+    if again:
+        with suppress(RunDirError):  # a log that is not sound costs what it would show
+            course = read_course(path, report)
+    write_text_atomic(path / PAGE, render_page(report, course.steps.columns, course.plan, course.starts))
 
 
 # --- what both do -------------------------------------------------------------------------------------------------

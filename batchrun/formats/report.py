@@ -120,18 +120,15 @@ def read_steps(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
         RunDirError: a line before the last is not sound.
     """
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            if not raw.endswith(b"\n"):
-                return
-            try:
-                yield orjson.loads(raw)
-            except orjson.JSONDecodeError as error:
-                raise RunDirError(
-                    f"{path}: line {number} is not sound: {error}",
-                    hint="The results do not depend on it: remove the file to go on without a log of the steps.",
-                    code="run_dir_unsound",
-                ) from error
+    for number, raw in _whole_lines(path):
+        try:
+            yield orjson.loads(raw)
+        except orjson.JSONDecodeError as error:
+            raise RunDirError(
+                f"{path}: line {number} is not sound: {error}",
+                hint="The results do not depend on it: remove the file to go on without a log of the steps.",
+                code="run_dir_unsound",
+            ) from error
 
 
 def read_step_logs(path: Path) -> list[StepLog]:
@@ -144,24 +141,29 @@ def read_step_logs(path: Path) -> list[StepLog]:
     logs: list[StepLog] = []
     if not path.exists():
         return logs
+    for number, raw in _whole_lines(path):
+        try:
+            # It is the last of a line, most of which are columns with an entry for each sequence of the step.
+            record = StepRecord(**orjson.loads(raw[raw.rindex(_RECORD) + len(_RECORD) : -2]))
+            if not logs or record.index <= logs[-1][-1].index:
+                logs.append(StepLog())
+            logs[-1].append(record)
+        except (TypeError, ValueError) as error:
+            raise RunDirError(
+                f"{path}: line {number} has no sound record: {error}",
+                hint="The results do not depend on it: remove the file to have a report without a log of the steps.",
+                code="run_dir_unsound",
+            ) from error
+    return logs
+
+
+def _whole_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a log with their numbers, but for a torn last one."""
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
             if not raw.endswith(b"\n"):
-                return logs
-            try:
-                # It is the last of a line, most of which are columns with an entry for each sequence of the step.
-                record = StepRecord(**orjson.loads(raw[raw.rindex(_RECORD) + len(_RECORD) : -2]))
-                if not logs or record.index <= logs[-1][-1].index:
-                    logs.append(StepLog())
-                logs[-1].append(record)
-            except (TypeError, ValueError) as error:
-                raise RunDirError(
-                    f"{path}: line {number} has no sound record: {error}",
-                    hint="The results do not depend on it: remove the file to have a report without a log of the "
-                    "steps.",
-                    code="run_dir_unsound",
-                ) from error
-    return logs
+                return
+            yield number, raw
 
 
 @dataclass(frozen=True, slots=True)

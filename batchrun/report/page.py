@@ -72,12 +72,11 @@ def render_page(
     """
     counts = report.request_counts
     limited = what_limited(report, plan)
-    resumed = any(warned.code == "resumed" for warned in report.warnings)
     return render(
         title=outcome(counts),
         tone="bad" if counts.failed else "warn" if counts.remaining else "good",
         subject=f"{report.model} on {report.device} in {report.dtype}, {report.schedule_order} order"
-        + ("; tokens, times and steps are those of the latest start" if resumed else ""),
+        + ("; tokens, times and steps are those of the latest start" if report.warned_of("resumed") else ""),
         tiles=list(_tiles(report)),
         sections=[
             section("What limited the run", f"<p>{text(limited.words)}</p>") if limited is not None else "",

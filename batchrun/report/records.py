@@ -434,6 +434,10 @@ class Report:
         execute = self.seconds.execute
         return self.bound.seconds / execute if self.bound is not None and execute else None
 
+    def warned_of(self, code: str) -> bool:
+        """Whether there is a warning with this code."""
+        return any(warned.code == code for warned in self.warnings)
+
 
 def largest_groups(groups: Iterable[GroupSummary], limit: int = GROUPS_SHOWN) -> tuple[GroupSummary, ...]:
     """The `limit` groups that spare most prompt tokens, most first; of equals the lower id first."""

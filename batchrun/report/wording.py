@@ -153,7 +153,7 @@ def unmeasured(report: Report) -> list[str]:
             "Prefill and decode within a step that does both: they are one forward pass.",
         ]
     words.append("Memory but for the pages of KV, and energy.")
-    if any(warned.code == "resumed" for warned in report.warnings):
+    if report.warned_of("resumed"):
         words.append("Earlier starts: tokens, steps and times are of the last one.")
     return words
 
@@ -424,5 +424,5 @@ def beside_execute(report: Report) -> str | None:
     if report.bound is None or report.bound_share is None:
         return None
     bound = f"at the device's peaks {duration(report.bound.seconds)}, {percent(report.bound_share)} of it"
-    whole = not report.request_counts.remaining and all(warned.code != "closed" for warned in report.warnings)
+    whole = not report.request_counts.remaining and not report.warned_of("closed")
     return f"expected {duration(report.expected.seconds)}; {bound}" if report.expected is not None and whole else bound
