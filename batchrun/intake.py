@@ -103,8 +103,8 @@ def read_requests(
         return sampling
 
     @lru_cache(maxsize=4096)
-    def sampling_id(options: LineOptions) -> int:
-        return known.setdefault(sampling_of(options), len(known))
+    def sampling_id(options: LineOptions, continues: bool) -> int:
+        return known.setdefault(replace(sampling_of(options), continues=continues), len(known))
 
     eos_token_ids = tokenizer.eos_token_ids(generation_config)
 
@@ -153,6 +153,9 @@ def read_requests(
                 continue
             assert not isinstance(prompts, LineFault)
             defaulted = cut = False
+            continues = line.endpoint is Endpoint.COMPLETIONS or bool(
+                line.template_kwargs and line.template_kwargs.get("continue_final_message")
+            )
             # A line of several prompts has the choices of the first first.
             for choice, ids in enumerate(ids for ids in prompts for _ in range(options.n or 1)):
                 limit, defaulted, clip = resolve_max_tokens(
@@ -160,7 +163,7 @@ def read_requests(
                 )
                 columns.tokens.append(ids)
                 columns.line.append(len(columns.custom_ids))
-                columns.sampling_id.append(sampling_id(options))
+                columns.sampling_id.append(sampling_id(options, continues))
                 columns.max_new_tokens.append(limit)
                 # By the line's number, so that no other line, bad or resumed, changes it.
                 columns.seed.append(derive_seed(config.seed, line.number, choice, options.seed))

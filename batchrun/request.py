@@ -89,6 +89,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None  # likeliest tokens to name at each place of the prompt, beside its own
     echo: bool = False  # whether the text begins with the prompt
     prompt_only: bool = False  # whether the text is the prompt and nothing else; a token is sampled and not told of
+    continues: bool = False  # whether the text goes on where the prompt's ends; else it stands by itself
     n: int = 1  # answers to a prompt
     tool_choice: ToolChoice | None = None  # whose calls are looked for in the text; None: nobody's
     parallel_tool_calls: bool = True  # whether there may be more than one

@@ -37,6 +37,7 @@ class Tokenizer:
     Attributes:
         vocab_size: number of token ids, added tokens included.
         has_chat_template: whether chats can be encoded.
+        word: token ids of some word, to decode others behind it; none where the vocabulary has no token for it.
     """
 
     def __init__(self, fast: Any) -> None:
@@ -47,6 +48,9 @@ class Tokenizer:
         self.vocab_size: int = len(fast)
         self.has_chat_template: bool = fast.chat_template is not None
         self._special = frozenset(id for id, token in fast.added_tokens_decoder.items() if token.special)
+        word = self._backend.encode("a", add_special_tokens=False).ids
+        self.word = [id for id in word if id not in self._special]
+        self._word_text = self._backend.decode(self.word)
         self._tokens: dict[int, TokenText] = {}
         self._vocabulary: list[bytes] | None = None
         self._bytes = frozenset[int]()
@@ -77,12 +81,7 @@ class Tokenizer:
         """What one token stands for behind other text, special tokens too."""
         if token_id not in self._tokens:
             name = self._backend.id_to_token(token_id) or ""
-            # Decoders treat the first token of a text in a special way.
-            behind = self._backend.encode("a", add_special_tokens=False).ids
-            before, whole = (
-                self._backend.decode(ids, skip_special_tokens=False) for ids in (behind, [*behind, token_id])
-            )
-            text = whole[len(before) :]
+            text = self.decode([token_id], skip_special_tokens=False, continues=True)
             data = text.encode("utf-8", "surrogatepass")
             if _REPLACEMENT in text:
                 if token_id in self._bytes:
@@ -157,9 +156,17 @@ class Tokenizer:
         except Exception as error:  # a template can raise anything, and it concerns this chat only
             raise ValueError(f"the chat template refuses these messages: {error}") from error
 
-    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of token ids, special tokens left out unless they are wanted."""
-        return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True, continues: bool = False) -> str:
+        """The text of token ids, special tokens left out unless they are wanted.
+
+        Args:
+            continues: the text goes on from another one. Many decoders treat the first token of a text in a special
+                way: those of Llama 2 and T5 leave out the space in front of a word.
+        """
+        if not continues:
+            return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        whole = self._backend.decode([*self.word, *ids], skip_special_tokens=skip_special_tokens)
+        return whole[len(self._word_text) :]
 
     def eos_token_ids(self, generation_config: Mapping[str, Any]) -> frozenset[int]:
         """Every id that ends a text: those of the model's `generation_config.json` and the tokenizer's own."""
@@ -356,15 +363,15 @@ class IncrementalDecoder:
     not wait for the end of such a run: it gives out text that later turns out wrong, or fails).
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, behind: Sequence[int] = ()) -> None:
-        """`behind`: tokens that the answer follows, if its text is to be as it is behind them."""
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, continues: bool = False) -> None:
+        """`continues`: as for `Tokenizer.decode`."""
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
         self._pending: list[int] = []  # tokens whose text was not given out yet
         # The tokens given out last, and their text: decoders treat the first token of a text in a special way, so
         # the pending ones are decoded behind these.
-        self._context = list(behind)
-        self._context_text = self._decode(self._context) if behind else ""
+        self._context = tokenizer.word if continues else []
+        self._context_text = self._decode(self._context) if continues else ""
 
     def push(self, token_id: int) -> str:
         """Take one token; return the text that is settled by it."""

@@ -241,6 +241,19 @@ def test_equal_sampling_is_one_entry(intake):
     assert [sampling.temperature for sampling in requests.sampling] == [0.5, 0.0]  # the model's own: do_sample false
 
 
+def test_completions_and_continued_messages_go_on_from_their_prompt(intake):
+    said = [{"role": "user", "content": "plum"}, {"role": "assistant", "content": "The capital is"}]
+    lines = [
+        {"prompt": "plum"},
+        chat("plum"),
+        {"messages": said, "continue_final_message": True},
+        {"messages": said, "chat_template_kwargs": {"enable_thinking": False}},
+    ]
+    requests = intake([{"id": str(i), **line} for i, line in enumerate(lines)])[0].requests
+    continues = [requests.sampling[i].continues for i in requests.sampling_id]
+    assert continues == [True, False, True, False]
+
+
 def test_a_job_of_which_nothing_is_left_makes_no_requests(intake):
     result, _ = intake([{"prompt": [7] * CONTEXT}])
     assert len(result.requests) == 0

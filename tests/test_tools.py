@@ -225,6 +225,20 @@ def test_one_call_where_calls_are_not_to_be_parallel(tool_model, tmp_path):
     assert {only_choice(body).finish_reason for body in found.values()} == {"tool_calls"}
 
 
+def test_calls_before_a_stop_string_are_read(tool_model, tmp_path):
+    """Though the special token that marks them is no part of the text that the stop string is looked for in."""
+    how = {"tools": ASKED, "tool_choice": "required", "parallel_tool_calls": False, "max_tokens": 250}
+    how |= {"stop": ["}]"], "temperature": 1, "seed": 1}
+    lines = [{"id": "kept", **how, "include_stop_str_in_output": True}, {"id": "cut", **how}]
+    found = run(tool_model(True), "mistral", tmp_path, lines)
+    kept, cut = only_choice(found["kept"]), only_choice(found["cut"])
+    assert kept.finish_reason == "tool_calls"
+    check_calls(kept, SCHEMAS)
+    assert cut.finish_reason == "stop"
+    assert cut.message.tool_calls is None
+    assert cut.message.content.startswith('[{"name')
+
+
 @pytest.mark.parametrize("template", ["hermes", "llama", "mistral", "unknown"])
 def test_an_answer_in_a_format_may_be_calls_instead(tool_model, tmp_path, template):
     """What the model would write does not matter: it is pushed towards calls, or away from them."""

@@ -106,10 +106,11 @@ class LineCollector:
             return result
         whole = None
         if choice is not None:
-            # Where a stop string has cut the text, what it cut off is no part of it.
-            by_text = result.finish_reason is FinishReason.STOP and not finished.ended
-            ids = finished.token_ids[:-1] if finished.ended else finished.token_ids
-            whole = result.text if by_text else decode(ids.tolist(), skip_special_tokens=False)
+            ids = (finished.token_ids[:-1] if finished.ended else finished.token_ids).tolist()
+            whole = decode(ids, skip_special_tokens=False, continues=sampling.continues)
+            if result.finish_reason is FinishReason.STOP and not finished.ended:  # by a stop string
+                uncut = decode(ids, skip_special_tokens=sampling.skip_special_tokens, continues=sampling.continues)
+                whole = whole[: len(whole) - (len(uncut) - len(result.text))]
         in_thought = False
         if self._reader.thinks:
             end = requests.tokens[finished.request][-_PROMPT_END:]

@@ -9,15 +9,13 @@ from batchrun.request import Requests, SamplingParams
 from batchrun.schedule.scheduler import Finished
 from batchrun.tokenizer import IncrementalDecoder, StopStrings, Tokenizer
 
-_BEHIND = 8  # tokens of an echoed prompt that its answer is decoded behind
-
 
 class _Watched:
     """The text of one answer under way. Stop strings count from the token after `min_tokens` on."""
 
-    def __init__(self, tokenizer: Tokenizer, sampling: SamplingParams, behind: list[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, sampling: SamplingParams, continues: bool) -> None:
         skip = sampling.skip_special_tokens
-        self._decoder = IncrementalDecoder(tokenizer, skip_special_tokens=skip, behind=behind)
+        self._decoder = IncrementalDecoder(tokenizer, skip_special_tokens=skip, continues=continues)
         self._matcher = StopStrings(sampling.stop, keep=sampling.include_stop_str_in_output)
         self._before = sampling.min_tokens
         self._head = ""  # text that came before stop strings count
@@ -64,8 +62,7 @@ class TextStops:
             watched = self._watched.get(request)
             if watched is None:
                 sampling = self._requests.sampling[self._requests.sampling_id[request]]
-                behind = self._requests.tokens[request][-_BEHIND:].tolist() if sampling.echo else []
-                watched = _Watched(self._tokenizer, sampling, behind)
+                watched = _Watched(self._tokenizer, sampling, self._continues(request, sampling))
                 self._watched[request] = watched
             stopped[row] = watched.push(int(token_ids[row]))
         return stopped
@@ -76,10 +73,21 @@ class TextStops:
         sampling = requests.sampling[requests.sampling_id[finished.request]]
         skip = sampling.skip_special_tokens
         watched = self._watched.pop(finished.request, None)
-        prompt = requests.tokens[finished.request].tolist() if sampling.echo else []
         if watched is not None:
             text, by_text = watched.end()
-            return self._tokenizer.decode(prompt, skip_special_tokens=skip) + text, by_text
-        ids = finished.token_ids[:-1] if finished.ended else finished.token_ids
-        # At once: many decoders treat the first token of a text in a special way.
-        return self._tokenizer.decode([*prompt, *ids.tolist()], skip_special_tokens=skip), False
+        else:
+            ids = finished.token_ids[:-1] if finished.ended else finished.token_ids
+            continues = self._continues(finished.request, sampling)
+            text = self._tokenizer.decode(ids.tolist(), skip_special_tokens=skip, continues=continues)
+            by_text = False
+        if sampling.echo:
+            prompt = requests.tokens[finished.request].tolist()
+            text = self._tokenizer.decode(prompt, skip_special_tokens=skip) + text
+        return text, by_text
+
+    def _continues(self, request: int, sampling: SamplingParams) -> bool:
+        """Whether there is text that an answer goes on from."""
+        if not sampling.continues:
+            return False
+        skip, backwards = sampling.skip_special_tokens, self._requests.tokens[request][::-1]
+        return not all(self._tokenizer.writes_nothing(int(id), skip_special_tokens=skip) for id in backwards)

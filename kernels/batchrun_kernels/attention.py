@@ -128,7 +128,7 @@ class SharedPrefixAttention:
             "UPCAST": interpreted and dtype == torch.bfloat16,
             "PRECISION": dot_precision(arch, dtype.itemsize),
         }
-        self._launch = {} if interpreted else compile_options(arch, tile.warps)
+        self._launch = {} if interpreted else compile_options(arch, tile.warps, deterministic=deterministic)
         self._ints = ints
         self._work: dict[int | None, torch.Tensor] = {}
         self._merge_loaded = False

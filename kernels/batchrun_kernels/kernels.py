@@ -140,7 +140,8 @@ def _attend_item(query, keys, values, out, partial_out, partial_lse, sinks, item
     lse = tl.where(some, (peak + tl.log2(total)) * LN2, float("-inf"))
     if slot < 0:
         if SINKS:
-            acc = acc * _beside_sink(lse, tl.load(sinks + kv_head * G + head).to(tl.float32))[:, None]
+            weight, total = _beside_sink(lse, tl.load(sinks + kv_head * G + head).to(tl.float32))
+            acc = acc * weight[:, None] / total[:, None]  # in the order of merge_states, for the same bits
         tl.store(out + first_place * D + (place[:, None] * D + column), acc.to(out.dtype.element_ty), mask=inside)
     else:
         first_place = slot.to(tl.int64) * (KV_HEADS * G) + kv_head * G
@@ -150,10 +151,10 @@ def _attend_item(query, keys, values, out, partial_out, partial_lse, sinks, item
 
 @triton.jit
 def _beside_sink(lse, sink):
-    """The share of the softmax that is left beside a sink: a key of score `sink` whose value is 0."""
+    """The weight of what is left beside a sink, a key of score `sink` whose value is 0, and the weight of both."""
     peak = tl.maximum(lse, sink)
     weight = tl.exp2((lse - peak) * LOG2E)
-    return weight / (weight + tl.exp2((sink - peak) * LOG2E))
+    return weight, tl.exp2((sink - peak) * LOG2E) + weight
 
 
 @triton.jit

@@ -76,9 +76,14 @@ def choose_tile(arch: str, itemsize: int, width: int, group: int) -> Tile:
     return replace(tile, short=max(tile.short, height), tall=max(tile.tall, height))
 
 
-def compile_options(arch: str, warps: int) -> dict[str, Any]:
-    """What triton is asked for when it compiles the attention kernel for programs of `warps` warps."""
-    options = {"num_warps": warps, "enable_fp_fusion": True}
+def compile_options(arch: str, warps: int, *, deterministic: bool = False) -> dict[str, Any]:
+    """What triton is asked for when it compiles the attention kernel for programs of `warps` warps.
+
+    Whether a KV tile is masked is up to the other rows of its item. Without a mask the product with the scale and the
+    difference from the peak can become one operation, which rounds once, and with one they cannot: `deterministic` rounds
+    both ways alike.
+    """
+    options = {"num_warps": warps, "enable_fp_fusion": not deterministic}
     # All registers that a thread can have: on its own, ptxas spills some so that more programs fit.
     return options | {"maxnreg": 255} if arch.startswith("sm_") else options
 

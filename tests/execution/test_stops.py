@@ -46,18 +46,29 @@ def pieces() -> Tokenizer:
     return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>"))
 
 
-@pytest.mark.parametrize(("stop", "text"), [((), "The capital is Paris."), ((".",), "The capital is Paris")])
-def test_an_echoed_prompt_and_its_answer_are_one_text(stop: tuple[str, ...], text: str) -> None:
-    """Without a space the two would run into each other: decoders leave out that of the first word."""
-    [prompt] = pieces().encode_batch(["The capital is"])
-    requests = make_requests([prompt], [4])
-    requests.sampling[0] = SamplingParams(temperature=0.0, stop=stop, echo=True)
+@pytest.mark.parametrize("stop", [(), (".",)])
+@pytest.mark.parametrize(
+    ("prompt", "sampling", "text"),
+    [
+        ("The capital is", {"continues": True}, " Paris"),
+        ("The capital is", {"continues": True, "echo": True}, "The capital is Paris"),
+        ("The capital is", {}, "Paris"),  # of a chat
+        ("</s>", {"continues": True}, "Paris"),  # there is no text to go on from
+        ("</s>", {"continues": True, "skip_special_tokens": False}, " Paris"),
+    ],
+)
+def test_an_answer_goes_on_from_its_prompt(
+    stop: tuple[str, ...], prompt: str, sampling: dict[str, bool], text: str
+) -> None:
+    """Without a space the two would run into each other: decoders leave out that of a text's first word."""
+    requests = make_requests(pieces().encode_batch([prompt]), [4])
+    requests.sampling[0] = SamplingParams(temperature=0.0, stop=stop, **sampling)
     answer = np.array([5, 6], dtype=np.int32)
     stops = TextStops(pieces(), requests)
     for token in answer:
         stops.watch(np.array([0], dtype=np.int32), np.array([token], dtype=np.int32), np.array([False]))
     finished = Finished(0, answer, FinishReason.LENGTH, ended=False, cached_tokens=0)
-    assert stops.text(finished) == (text, bool(stop))
+    assert stops.text(finished) == (text if stop else text + ".", bool(stop))
 
 
 def ids_of(text: str) -> list[int]:
