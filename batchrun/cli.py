@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -322,7 +323,7 @@ def check(
     """
     with _failures(json):
         from batchrun.check import check_job
-        from batchrun.config import InputConfig, load_config
+        from batchrun.config import InputConfig, load_config, names_model
         from batchrun.formats.results import encode_json
         from batchrun.formats.rundir import document
         from batchrun.report.tables import print_check
@@ -332,9 +333,12 @@ def check(
         columns = _given(
             prompt_column=prompt_column, template=template, id_column=id_column, field_columns=field_columns, chat=chat
         )
-        if of_model or config is not None:
+        if of_model or (config is not None and names_model(config)):
             settings = load_config(config, limit=limit, input=columns or None, **of_model)
             checked = check_job(job, settings, limit=settings.limit)
+        elif config is not None:
+            settings = load_config(config, limit=limit, input=columns or None, model="none")
+            checked = check_job(job, limit=settings.limit, columns=settings.input)
         else:
             checked = check_job(job, limit=limit, columns=InputConfig(**columns))
         if json:
@@ -611,10 +615,16 @@ def _end(outcome: Outcome, quiet: bool, json: bool, results: str | None = None) 
     from batchrun.formats.rundir import document
     from batchrun.report.tables import print_summary
 
-    if json:
-        _write(encode_json(document(outcome.report), indent=True))
-    elif not quiet:
-        print_summary(_console(), outcome.report, outcome.run_dir, results)
+    try:
+        if json:
+            _write(encode_json(document(outcome.report), indent=True))
+        elif not quiet:
+            print_summary(_console(kind=_Status), outcome.report, outcome.run_dir, results)
+            sys.stdout.flush()
+    except OSError as error:  # nobody reads it, or the disk behind it is full: the run is what it is
+        with suppress(OSError):
+            _console(stderr=True, kind=_Status).print(f"The summary could not be written: {error}.", soft_wrap=True)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes what is left when it ends
     if outcome.exit_code is ExitCode.STOPPED and not quiet:
         _console(stderr=True).print("Stopped early. The same command again goes on.", soft_wrap=True)
     sys.exit(outcome.exit_code)

@@ -134,10 +134,14 @@ def _known_grouping(name: str) -> str:
     return name
 
 
-def _no_nul(path: Path) -> Path:
+def _of_home(path: Path) -> Path:
+    """A path with the directory that `~` stands for."""
     if "\0" in str(path):
         raise ValueError("no path has a NUL character")
-    return path
+    try:
+        return path.expanduser()
+    except RuntimeError as error:  # ~somebody
+        raise ValueError(str(error)) from error
 
 
 # Counts become columns of int32.
@@ -145,7 +149,7 @@ Count = Annotated[int, Field(ge=1, lt=2**31)]
 NaturalNumber = Annotated[int, Field(ge=0, lt=2**31)]
 Size = Annotated[int, BeforeValidator(parse_size)]
 # Strict mode would refuse the strings that TOML has.
-AnyPath = Annotated[Path, Field(strict=False), AfterValidator(_no_nul)]
+AnyPath = Annotated[Path, Field(strict=False), AfterValidator(_of_home)]
 
 
 def _checked(parse: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -270,7 +274,7 @@ def _results_file(name: str) -> str:
         raise ValueError("it must end in .parquet or .jsonl")
     if redact_location(name) != name:
         raise ValueError("no user and no key may stand in it; give them as the store's own library takes them")
-    return name
+    return name if is_url(name) else str(_of_home(Path(name)))
 
 
 class InputConfig(_Section):
@@ -439,6 +443,11 @@ def load_dumped(settings: Mapping[str, Any], source: Path, **flags: Any) -> RunC
         UsageError: as `load_config`.
     """
     return _resolve([_Layer(settings, source), _flags(flags)])
+
+
+def names_model(config_file: Path) -> bool:
+    """Whether a configuration file has a model. Raises as `load_config`."""
+    return "model" in _read_layer(config_file).values
 
 
 def _flags(flags: Mapping[str, Any]) -> _Layer:

@@ -4,7 +4,7 @@
     ├── UsageError              2   a flag, a configuration key, a missing file
     │   ├── ModelNotFound       2   the model is missing, gated or offline
     │   └── ModelRefused        2   the model is there, and running it is not proven exact
-    ├── NothingRunnable         4   an empty job, every line bad, or any bad line under --strict
+    ├── NothingRunnable         4   no line has an answer, or any is bad under --strict
     ├── OutputError            73   results cannot be written (disk full, permissions); resumable
     ├── Stopped                75   stopped early (signal, limit); resumable
     └── RunDirError            76   the run directory is locked or belongs to another job

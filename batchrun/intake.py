@@ -12,7 +12,7 @@ import numpy as np
 
 from batchrun.chat import ChatReader, UnknownFormat
 from batchrun.columns import Column
-from batchrun.config import COMPLETIONS_MAX_TOKENS, RunConfig, derive_seed, resolve_max_tokens, resolve_sampling
+from batchrun.config import RunConfig, derive_seed, resolve_max_tokens, resolve_sampling
 from batchrun.grammar import Grammars
 from batchrun.request import (
     ENDPOINTS,
@@ -46,7 +46,8 @@ class Intake:
 
     Attributes:
         requests: those that can run.
-        defaulted: bool `[R]`, requests whose token limit nobody set: it is what is left of the context.
+        defaulted: bool `[R]`, requests whose token limit may be cut to the KV memory: nobody set it, and it is what is
+            left of the context, or it is that of a retry.
         faults: lines that the tokenizer or the model's context refuses, in file order.
         silent: lines that nobody set a token limit for.
         clipped: lines whose token limit was cut to the context.
@@ -140,7 +141,7 @@ def read_requests(
             if isinstance(prompts, LineFault):
                 fault = prompts
             else:
-                prompts = _truncated(line, prompts, spec, config.max_tokens)
+                prompts = _truncated(line, prompts, spec)
                 fault = _fault(line, prompts, spec)
             if fault is None and options.grammar is not None and not isinstance(written, LineFault):
                 answer = followed(line, options.grammar, written)
@@ -168,7 +169,7 @@ def read_requests(
                 # By the line's number, so that no other line, bad or resumed, changes it.
                 columns.seed.append(derive_seed(config.seed, line.number, choice, options.seed))
                 columns.expected_tokens.append(min(options.expected_tokens or 0, limit))
-                columns.defaulted.append(defaulted and line.endpoint is Endpoint.CHAT)
+                columns.defaulted.append((defaulted and line.endpoint is Endpoint.CHAT) or options.may_be_cut)
                 cut |= clip
             silent += defaulted
             clipped += cut
@@ -251,14 +252,13 @@ def _adds_special_tokens(line: JobLine) -> bool:
     return line.endpoint is not Endpoint.CHAT if line.add_special_tokens is None else line.add_special_tokens
 
 
-def _truncated(line: JobLine, prompts: list[Int32], spec: ModelSpec, max_tokens: int | None) -> list[Int32]:
-    """The prompts as far as the line wants them: the last tokens of each. `max_tokens`: as for `resolve_max_tokens`."""
+def _truncated(line: JobLine, prompts: list[Int32], spec: ModelSpec) -> list[Int32]:
+    """The prompts as far as the line wants them: the last tokens of each."""
     keep = line.options.truncate_prompt_tokens
     if keep is None:
         return prompts
-    if keep == -1:  # all that leaves room for the answer
-        default = 1 if line.endpoint is Endpoint.CHAT else COMPLETIONS_MAX_TOKENS
-        keep = max(spec.max_context - (line.options.max_tokens or max_tokens or default), 1)
+    if keep == -1:  # as vLLM has it: whatever fits, whether or not the whole answer does
+        keep = spec.max_context - 1
     return [ids[-keep:] for ids in prompts]
 
 

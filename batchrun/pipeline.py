@@ -359,6 +359,7 @@ def run_job(
             )
         )
         if run_dir.state is RunState.FINISHED:
+            _in_order(out, config)
             if config.output.results is not None:
                 opened.keep(out)
                 run_dir.note_results(config.output.results)
@@ -369,6 +370,13 @@ def run_job(
         return Run(
             source, lint, fingerprint, subject, config, run_dir, observer, began, engine, warnings=opened.warnings
         ).execute()
+
+
+def _in_order(run_dir: Path, config: RunConfig) -> None:
+    """Put results and errors into the order that is wanted."""
+    if config.results_order == "input":
+        for name in (RESULTS, ERRORS):
+            sort_results(run_dir / name)
 
 
 def finished(run_dir: RunDir) -> Outcome:
@@ -507,8 +515,10 @@ class Run:
         config = self.config
         device = load_device_spec(config.device_spec or self.subject.device)  # before the model takes memory
         page_size = page_size_on(device, config.scheduler.page_size)
-        engine = self.engine or stack.enter_context(closing(start_engine(self.subject, config)))
-        if device.kind != "cpu" and config.kv_memory is None:
+        engine = self.engine
+        if engine is None and sink.completed + sink.failed < self.total:  # else nothing is left to compute
+            engine = stack.enter_context(closing(start_engine(self.subject, config)))
+        if engine is not None and device.kind != "cpu" and config.kv_memory is None:
             self._wait_for_engine(engine)
             rows = config.scheduler.step_tokens or device.step_tokens
             left = engine.kv_memory(device.kv_share, rows, page_size)
@@ -545,6 +555,7 @@ class Run:
         if len(prepared.requests) and self._limit_reached():
             end = replace(end, stopped=True)
         elif len(prepared.requests):
+            assert engine is not None
             planned = plan_file(prepared, simulate(prepared), orders, self.subject, self.fingerprint)
             self.planned = planned
             self.seconds["plan"] += time.perf_counter() - began
@@ -569,9 +580,7 @@ class Run:
             raise AssertionError(f"{report.request_counts.remaining} lines have neither a result nor an error")
         if not end.stopped:
             self.run_dir.update(RunStatus.FINALIZING, report.request_counts, errors=report.errors)
-            if self.config.results_order == "input":
-                for name in (RESULTS, ERRORS):
-                    sort_results(self.run_dir.path / name)
+            _in_order(self.run_dir.path, self.config)
             if self.config.output.results is not None:
                 write_results(self.run_dir.path, self.config.output.results)
         if earlier is None:
@@ -783,7 +792,7 @@ def _limited(lines: Iterator[JobLine], again: set[int], limit: int) -> Iterator[
     none."""
     for line in lines:
         if line.number in again and not line.options.prompt_only:
-            line.options = replace(line.options, max_tokens=limit)
+            line.options = replace(line.options, max_tokens=limit, may_be_cut=True)
         yield line
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -414,13 +415,18 @@ def mismatches(lint: JobLint, subject: Subject) -> Warned | None:
 
 def warnings_of(lint: JobLint, prepared: Prepared, subject: Subject, config: RunConfig) -> list[Warned]:
     """What a person should know, each kind once."""
-    warnings = [*lint_warnings(lint, subject), *limit_warnings(prepared.silent, prepared.clipped)]
+    warnings = [
+        *lint_warnings(lint, subject),
+        *model_warnings(subject, config),
+        *limit_warnings(prepared.silent, prepared.clipped),
+    ]
     if prepared.clipped_to_pool:
         warnings.append(
             Warned(
                 "max_tokens_clipped_to_memory",
                 prepared.clipped_to_pool,
-                "an answer without max_tokens may end early, where the KV memory ends; raise --kv-memory",
+                "an answer that the line itself does not limit may end early, where the KV memory ends; raise "
+                "--kv-memory",
             )
         )
     return warnings
@@ -434,6 +440,31 @@ def lint_warnings(lint: JobLint, subject: Subject | None) -> list[Warned]:
     ]
     mismatch = mismatches(lint, subject) if subject is not None else None
     return [*warnings, mismatch] if mismatch is not None else warnings
+
+
+# What `generate` of transformers, or vLLM, reads in generation_config.json besides what we do, with the values at which
+# it changes nothing.
+_NOT_APPLIED: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("num_beams", "num_beam_groups", "guidance_scale", "typical_p"), (1,)),
+    **dict.fromkeys(("no_repeat_ngram_size", "min_length", "min_new_tokens", "diversity_penalty"), (0,)),
+    **dict.fromkeys(("penalty_alpha", "epsilon_cutoff", "eta_cutoff", "presence_penalty", "frequency_penalty"), (0,)),
+    **dict.fromkeys(("max_new_tokens", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens"), ([],)),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "sequence_bias", "stop_strings"), ([],)),
+    **dict.fromkeys(("exponential_decay_length_penalty", "watermarking_config", "top_h"), ([],)),
+}
+
+
+def model_warnings(subject: Subject, config: RunConfig) -> list[Warned]:
+    """What the model's `generation_config.json` asks for in vain."""
+    if config.ignore_generation_config:
+        return []
+    asked = subject.generation_config
+    names = [name for name, neutral in _NOT_APPLIED.items() if asked.get(name) not in (None, *neutral)]
+    if not names:
+        return []
+    told = ", ".join(f"{name} = {asked[name]!r:.40}" for name in sorted(names))
+    words = f"the model's generation_config.json has what is not applied: {told}"
+    return [Warned("generation_config", len(names), words)]
 
 
 def limit_warnings(silent: int, clipped: int) -> list[Warned]:

@@ -89,12 +89,12 @@ class SamplingParams:
     prompt_logprobs: int | None = None  # likeliest tokens to name at each place of the prompt, beside its own
     echo: bool = False  # whether the text begins with the prompt
     prompt_only: bool = False  # whether the text is the prompt and nothing else; a token is sampled and not told of
-    continues: bool = False  # whether the text goes on where the prompt's ends; else it stands by itself
     n: int = 1  # answers to a prompt
     tool_choice: ToolChoice | None = None  # whose calls are looked for in the text; None: nobody's
     parallel_tool_calls: bool = True  # whether there may be more than one
     include_reasoning: bool = True  # whether the result has what the model thought
     grammar: Grammar | None = None  # what the answer must be a text of
+    continues: bool = False  # whether the text goes on where the prompt's ends; else it stands by itself
 
     @property
     def greedy(self) -> bool:
@@ -152,6 +152,7 @@ class LineOptions:
     grammar_field: str | None = None  # the field that has it
     truncate_prompt_tokens: int | None = None  # the last so many tokens of a prompt count; -1: as many as fit
     max_tokens: int | None = None  # max_completion_tokens where the line has it, else max_tokens
+    may_be_cut: bool = False  # whether max_tokens is no more than a wish where KV memory does not hold so many
     seed: int | None = None
     expected_tokens: int | None = None  # a hint on the answer's length, which changes no result
 

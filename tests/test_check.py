@@ -258,6 +258,14 @@ def test_a_model_in_the_configuration_file_counts(check, here, model_dir):
     assert (document["total"], document["lengths"]["requests"]) == (1, 1)
 
 
+def test_a_configuration_file_without_a_model_says_how_to_read_the_job(check, here):
+    (here / "own.toml").write_text("limit = 1\n")
+    document = json.loads(check(SOUND, "--json", "--config", "own.toml").stdout)
+    assert (document["total"], document["model"], document["lengths"]) == (1, None, None)
+    (here / "wrong.toml").write_text("colour = 1\n")
+    assert check(SOUND, "--config", "wrong.toml").exit_code == ExitCode.USAGE
+
+
 def test_no_torch_is_loaded_no_weights_are_read_and_nothing_is_written(here, model_dir):
     copy_without_weights(model_dir(), here / "bare")
     write_job(here / "jobs.jsonl", [*SOUND, "{bad"])

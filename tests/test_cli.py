@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +24,7 @@ import batchrun
 from batchrun.cli import app
 from batchrun.engine.torch_worker import TorchWorker
 from batchrun.errors import ExitCode
-from batchrun.formats.rundir import RunDir
+from batchrun.formats.rundir import RunDir, RunFile, read_document
 from batchrun.planning.order import AUTO, ORDERS
 from batchrun.prefix.groups import GROUPINGS
 
@@ -92,16 +93,34 @@ def test_a_terminal_that_is_gone_ends_no_run(tmp_path, model_dir):
     assert report["request_counts"]["completed"] == 5
 
 
+@pytest.mark.parametrize("flags", [[], ["--json"]], ids=["summary", "json"])
+@pytest.mark.parametrize("gone", [True, False], ids=["reader gone", "disk full"])
+def test_where_nobody_gets_the_summary_the_run_is_what_it_is(gone, flags, tmp_path, model_dir):
+    """As with `| head -3`, or `>> log` on a disk that is full."""
+    write_job(tmp_path / "jobs.jsonl", [{"prompt": "one", "max_tokens": 2}])
+    with ExitStack() as stack:
+        full = stack.enter_context(Path("/dev/full").open("w"))
+        process = batchrun_process(
+            tmp_path, "run", "jobs.jsonl", "--model", str(model_dir()), *flags, **({} if gone else {"stdout": full})
+        )
+        assert process.stderr is not None
+        if process.stdout is not None:
+            process.stdout.close()
+        told = process.stderr.read()
+        assert process.wait(60) == 0, told
+    assert "The summary could not be written" in told
+    assert "Traceback" not in told
+    assert read_document(tmp_path / "jobs.run" / "run.json", RunFile).exit_code == 0
+
+
 def batchrun_process(cwd: Path, *args: str, **options: Any) -> subprocess.Popen[str]:
     """The command in a process of its own, its output in pipes."""
     return subprocess.Popen(
         [sys.executable, "-m", "batchrun.cli", *args],
         cwd=cwd,
         env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "COLUMNS": "200"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
         text=True,
-        **options,
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options},
     )
 
 

@@ -64,6 +64,18 @@ def test_what_was_dumped_means_the_same_from_another_place(tmp_path, monkeypatch
     assert dump_config(load_config(model="org/name"))["model"] == "org/name"
 
 
+def test_the_home_directory_may_be_written_as_everywhere(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    given = load_config(model="m", out="~/a.run", chat_template="~/t.jinja", output={"results": "~/all.jsonl"})
+    home = Path("/home/me")
+    assert (given.out, given.chat_template, given.output.results) == (
+        home / "a.run",
+        home / "t.jinja",
+        str(home / "all.jsonl"),
+    )
+    assert load_config(model="m", output={"results": "s3://b/~/a.jsonl"}).output.results == "s3://b/~/a.jsonl"
+
+
 # --- layers
 
 

@@ -18,7 +18,7 @@ import zstandard
 
 from batchrun.config import RunConfig, derive_seed, load_config
 from batchrun.engine.torch_worker import TorchWorker
-from batchrun.errors import ExitCode, NothingRunnable, UsageError
+from batchrun.errors import ExitCode, NothingRunnable, OutputError, RunDirError, UsageError
 from batchrun.execution.loop import run_loop
 from batchrun.execution.simulate import SimulatedWorker
 from batchrun.formats.job import open_job, read_job
@@ -386,6 +386,59 @@ def test_a_job_in_its_own_run_directory_stays_where_it_is(run, small, tmp_path):
     run(job, out=str(tmp_path))
     assert job.read_bytes() == before
     assert answers(tmp_path) == small
+
+
+def test_files_that_no_run_has_brought_are_never_replaced(run, tmp_path, monkeypatch):
+    folder = tmp_path / "experiment"
+    folder.mkdir()
+    job = write_job(folder / "job.jsonl", SMALL)
+    before = job.read_bytes()
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(before.splitlines(keepends=True)[0])))
+    with pytest.raises(RunDirError, match=r"has a job\.jsonl that no run there has brought"):
+        run(Path("-"), out=str(folder))
+    assert job.read_bytes() == before
+
+    run(job, out=str(folder))
+    with pytest.raises(UsageError, match="--fresh would move the job itself"):
+        run(job, out=str(folder), fresh=True)
+    assert job.read_bytes() == before
+    assert not (tmp_path / "experiment.1").exists()
+
+
+def test_a_run_without_anything_left_to_compute_needs_no_model(run, small, tmp_path, monkeypatch):
+    """Its answers could not be put where they were wanted: the same command does that, and nothing else."""
+    (tmp_path / "taken").write_text("")
+    wanted = {"output": {"results": str(tmp_path / "taken" / "all.jsonl")}}
+    with pytest.raises(OutputError):
+        run(SMALL, **wanted)
+    assert answers(tmp_path / "out.run") == small
+    (tmp_path / "taken").unlink()
+    monkeypatch.setattr("batchrun.pipeline.start_engine", None)
+    outcome = run(SMALL, **wanted)
+    assert outcome.exit_code is ExitCode.OK
+    assert len(read_lines(tmp_path / "taken" / "all.jsonl")) == len(small)
+
+
+def test_a_finished_run_is_put_into_the_order_of_the_input_too(run, tmp_path):
+    """The longest first, which ends last."""
+    lines = [{"id": str(n), "prompt": "x", "max_tokens": n, "ignore_eos": True} for n in (9, 6, 3, 1)]
+    run(lines)
+    results = tmp_path / "out.run" / "results.jsonl"
+    before = read_lines(results)
+    assert [line["custom_id"] for line in before] == ["1", "3", "6", "9"]
+    again = run(lines, results_order="input")
+    assert again.already_done
+    assert read_lines(results) == before[::-1]
+
+
+def test_what_the_model_asks_for_in_vain_is_told(model_dir, run):
+    asked = {"no_repeat_ngram_size": 3, "num_beams": 1, "max_new_tokens": None, "suppress_tokens": [7]}
+    model = model_dir("llama", generation_config=asked)
+    [told] = [warning for warning in run(SMALL, model=model).report.warnings if warning.code == "generation_config"]
+    assert told.count == 2
+    assert told.message.endswith("what is not applied: no_repeat_ngram_size = 3, suppress_tokens = [7]")
+    ignored = run(SMALL, model=model, ignore_generation_config=True, fresh=True)
+    assert "generation_config" not in warned(ignored.report)
 
 
 def test_results_can_be_put_into_the_order_of_the_input(run, small, tmp_path):

@@ -71,6 +71,13 @@ def choices(run_dir: Path) -> dict[str, Any]:
     }
 
 
+def choices_of_chats(run_dir: Path) -> dict[str, str]:
+    return {
+        line["custom_id"]: line["response"]["body"]["choices"][0]["message"]["content"]
+        for line in read_lines(run_dir / "results.jsonl")
+    }
+
+
 def codes(run_dir: Path) -> dict[str, str]:
     found = {}
     for line in read_lines(run_dir / "errors.jsonl"):
@@ -244,6 +251,17 @@ def test_answers_that_were_cut_short_get_more_tokens(run, here):
     assert same.exit_code == ExitCode.USAGE
     assert "--max-tokens 24 raises no limit" in same.stderr
     assert snapshot(here) == untouched
+
+
+def test_answers_that_memory_has_cut_are_not_lost_for_a_limit_beyond_it(run, here):
+    """They get as many tokens as there is memory for, as before."""
+    lines = [{"id": "silent", "messages": [{"role": "user", "content": "x"}], "ignore_eos": True, "temperature": 0}]
+    run(lines, kv_memory=4 * PAGE_BYTES)
+    before = choices_of_chats(here / "jobs.run")
+    done = retry("--finish-reason", "length", "--max-tokens", "400", "--json")
+    assert done.exit_code == ExitCode.OK
+    assert choices_of_chats(here / "jobs.run") == before
+    assert "max_tokens_clipped_to_memory" in {warning["code"] for warning in json.loads(done.stdout)["warnings"]}
 
 
 @pytest.mark.parametrize(

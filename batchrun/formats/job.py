@@ -855,7 +855,7 @@ def _template_kwargs(name: str, value: Any) -> dict[str, Any]:
 
 
 def _content(path: str, content: Any) -> str:
-    """A message's text; the parts of a list are joined with nothing added."""
+    """A message's text; the parts of a list are joined with line breaks, as vLLM does it."""
     if type(content) is str:
         return content
     if type(content) is not list or not content:
@@ -868,7 +868,7 @@ def _content(path: str, content: Any) -> str:
             message = f"content parts of type {_shown(part['type'])} are not supported yet, only text"
             raise _Fault("unsupported_field", f"{path}[{i}].type", message)
         texts.append(_text(f"{path}[{i}].text", part.get("text")))
-    return "".join(texts)
+    return "\n".join(texts)
 
 
 def _prompts(prompt: Any, _unknown: list[str]) -> tuple[str | tuple[int, ...], ...]:
@@ -1213,6 +1213,7 @@ _INFORMATIVE = frozenset(
     {
         *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
         *("prompt_cache_retention", "request_id", "priority", "cache_salt", "guided_decoding_backend"),
+        *("session_id", "stream_interval"),
     }
 )
 
@@ -1231,5 +1232,9 @@ _NOT_BUILT: dict[str, tuple[Any, ...]] = {
     **_fields("web_search_options chat_template chat_template_kwargs", [], {}, ""),
     **_fields("reasoning_effort documents mm_processor_kwargs media_io_kwargs", [], {}, ""),
     **_fields("allowed_token_ids logits_processors prompt_embeds kv_transfer_params", [], {}, ""),
-    **_fields("structural_tag vllm_xargs", [], {}, ""),
+    **_fields("structural_tag vllm_xargs ec_transfer_params mm_payload", [], {}, ""),
+    **_fields("logprob_token_ids repetition_detection watermarking", [], {}, ""),
+    **_fields("truncation_side", "left"),
+    **_fields("thinking_token_budget", -1),
+    **_fields("return_prompt_text return_token_offsets", False),
 }

@@ -665,6 +665,11 @@ class RunDir:
         self.run = read_document(path, RunFile)
 
 
+def own_files(run_dir: Path) -> frozenset[str]:
+    """The real paths of all files that a run may have in its directory."""
+    return frozenset(os.path.realpath(run_dir / name) for name in (*RUN_FILES, LOCK))
+
+
 def refuse_no_run(path: Path, *, starting: bool | None = False) -> None:
     """See that a directory has a run.
 

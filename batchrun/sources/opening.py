@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import filecmp
 import os
 import shutil
 import sys
@@ -25,6 +26,7 @@ from batchrun.formats.rundir import (
     RUN,
     RunFile,
     output_errors,
+    own_files,
     read_document,
     sync_directory,
 )
@@ -61,11 +63,15 @@ class Opened:
 
         Raises:
             OutputError: it cannot be.
+            RunDirError: a file of the name is there that no run has brought.
         """
         if self.folder is None:
             return
         with output_errors(run_dir):
             columns = self.folder / COLUMNS
+            if not (run_dir / RUN).exists():  # what a start has brought that was killed here is as good as this
+                _refuse_other(run_dir / KEPT_JOB, self.job.path)
+                _refuse_other(run_dir / COLUMNS, columns)
             if columns.exists():
                 columns.replace(run_dir / COLUMNS)
             else:
@@ -73,6 +79,16 @@ class Opened:
             self.job.path = self.job.path.replace(run_dir / KEPT_JOB)
             sync_directory(run_dir)
         self.folder = None
+
+
+def _refuse_other(there: Path, brought: Path) -> None:
+    """See that a file is not there, or is the one that was brought."""
+    if there.exists() and not (brought.exists() and filecmp.cmp(there, brought, shallow=False)):
+        raise RunDirError(
+            f"{there.parent} has a {there.name} that no run there has brought",
+            hint="Give another directory with -o, or move that file.",
+            code="run_dir_unknown",
+        )
 
 
 def open_to_run(
@@ -96,9 +112,16 @@ def open_to_run(
         folder = _spool_folder(config.out, stack)
         return _from_stdin(folder, config.input), config.out
     if (source := _in_place(job, config.input)) is not None:
-        return Opened(source, str(source.path.absolute())), config.out or source.default_out()
+        out = config.out or source.default_out()
+        if config.fresh and os.path.realpath(source.path) in own_files(out):
+            raise UsageError(
+                f"--fresh would move the job itself: {source.path} is a file of the run directory.",
+                hint="Give another directory with -o, or move the job out of this one.",
+            )
+        return Opened(source, str(source.path.absolute())), out
     out = config.out or _default_out(job)
-    brought = _Bringing(job, config.input, columns=str(config.output.results or "").lower().endswith(".parquet"))
+    columns = str(config.output.results or "").lower().endswith(".parquet")
+    brought = _Bringing(job, config.input, columns=columns, out=out)
     if not config.fresh and (kept := brought.kept(out)) is not None:
         return kept, out
     tell("fetch")
@@ -113,7 +136,7 @@ def open_to_read(job: str, config: InputConfig, stack: ExitStack) -> Opened:
     folder = Path(stack.enter_context(TemporaryDirectory(prefix="batchrun-")))
     if job == "-":
         return _from_stdin(folder, config)
-    return _Bringing(job, config, columns=False).bring(folder, lambda: False)
+    return _Bringing(job, config, columns=False, out=folder).bring(folder, lambda: False)
 
 
 def _from_stdin(folder: Path, config: InputConfig) -> Opened:
@@ -215,10 +238,12 @@ class _Bringing:
 
     Args:
         columns: whether the columns of a table are wanted too.
+        out: the run directory, whose own files are no part of the job, though a pattern may reach them.
     """
 
-    def __init__(self, job: str, config: InputConfig, *, columns: bool) -> None:
+    def __init__(self, job: str, config: InputConfig, *, columns: bool, out: Path) -> None:
         self.job = job
+        self._out = out
         self.config = config
         text = template_text(config.template) if config.template is not None else None
         self.template = Template(text) if text is not None else None
@@ -242,7 +267,7 @@ class _Bringing:
             self.fault = error
 
     def _look(self) -> None:
-        self.files = find(self.job)
+        self.files = find(self.job, self._is_other)
         kind = self.files[0].kind
         if kind == "jsonl" and _are_rows(self.config):
             kind = "json rows"
@@ -250,6 +275,13 @@ class _Bringing:
             _refuse_columns(self.config, self.job)
         shards = tuple(Shard(file.name, file.size, file.version) for file in self.files)
         self.source = dataclasses.replace(self.source, kind=kind, files=shards)
+
+    def _is_other(self, path: str) -> bool:
+        """Whether a local file is none that a run has put into the run directory."""
+        own = own_files(self._out) if (self._out / RUN).is_file() else frozenset()
+        spool = os.path.join(os.path.realpath(self._out), _SPOOL)  # noqa: PTH118
+        real = os.path.realpath(path)
+        return real not in own and not real.startswith(spool)
 
     @property
     def joins(self) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 from batchrun.errors import BatchrunError, OutputError, UsageError
 from batchrun.formats.job import unpacked
-from batchrun.formats.rundir import LOCK, RUN_FILES
+from batchrun.formats.rundir import own_files
 from batchrun.locations import is_url, redact, redact_location
 
 _PACKED = (".gz", ".zst")
@@ -100,9 +100,12 @@ def has_magic(path: str) -> bool:
     return any(letter in path for letter in "*?[")
 
 
-def find(location: str) -> list[File]:
+def find(location: str, wanted: Callable[[str], bool] = lambda path: True) -> list[File]:
     """The files at a location: a file, those in a directory that are of a kind of job, or those that a pattern names;
     by name.
+
+    Args:
+        wanted: whether a local file that was not named itself is one of them.
 
     Raises:
         UsageError: there is none, they are of several kinds, or the store cannot be asked.
@@ -119,6 +122,8 @@ def find(location: str) -> list[File]:
             found = {info["name"]: info for info in store.ls(path, detail=True) if _is_shard(info)}
         else:
             found = {path: store.info(path)}
+        if isinstance(store, _local()) and path not in found:
+            found = {name: info for name, info in found.items() if wanted(name)}
         above = os.path.commonpath([PurePosixPath(name).parent for name in found]) if found else ""
         files = [_file(store, name, found[name], above) for name in sorted(found)]
     if not files:
@@ -294,7 +299,7 @@ def refuse_own_file(location: str, job: str, out: Path) -> None:
     if is_url(location):
         return
     there = os.path.realpath(location)
-    if there in {os.path.realpath(out / name) for name in (*RUN_FILES, LOCK)}:
+    if there in own_files(out):
         raise UsageError(
             f"--results: {location} is a file of the run itself, which has its answers there anyway.",
             hint="Name another place.",

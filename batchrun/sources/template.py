@@ -23,8 +23,8 @@ def template_text(given: str) -> str:
     if "{{" in given or "{%" in given:
         return given
     try:
-        return Path(given).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
+        return Path(given).expanduser().read_text(encoding="utf-8")
+    except (OSError, ValueError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UsageError(
             f"The template {given} cannot be read: {reason}.",

@@ -183,7 +183,7 @@ def test_messages_of_every_role_and_content_parts(tmp_path):
     line = sound(tmp_path, chat(messages=given))
     assert line.messages == (
         {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "one two", "name": "Ann"},
+        {"role": "user", "content": "one \ntwo", "name": "Ann"},
         {"role": "assistant", "content": ""},
         {"role": "tool", "content": "42", "tool_call_id": "c1"},
     )
@@ -197,7 +197,8 @@ def test_messages_of_every_role_and_content_parts(tmp_path):
         {"length_penalty": 1.0, "use_beam_search": False},
         {"response_format": {"type": "text"}, "tools": [], "tool_choice": "none", "parallel_tool_calls": True},
         {"add_generation_prompt": True, "modalities": ["text"], "suffix": ""},
-        {"user": "u1", "metadata": {"k": "v"}, "store": True, "service_tier": "flex"},
+        {"truncation_side": "left", "thinking_token_budget": -1, "logprob_token_ids": [], "return_prompt_text": False},
+        {"user": "u1", "metadata": {"k": "v"}, "store": True, "service_tier": "flex", "session_id": "s"},
     ],
 )
 def test_neutral_values_and_informative_fields_say_nothing(tmp_path, neutral):

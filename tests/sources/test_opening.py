@@ -307,6 +307,20 @@ def test_a_source_that_changed_is_refused_with_the_field_named(run, memory):
     assert (out.with_name("jobs.run.1") / "job.jsonl").read_bytes() == text(LINES)
 
 
+@pytest.mark.parametrize("pattern", ["data/**/*.jsonl", "data/*.jsonl"])
+def test_what_a_run_puts_down_where_its_job_lies_is_no_part_of_the_job(pattern, run, here):
+    out = "data" if pattern != "data/**/*.jsonl" else "data/out"
+    (here / "data").mkdir()
+    for name, length in {"a": 2, "b": 9}.items():
+        line = {"id": name, "prompt": "fox", "max_tokens": length, "ignore_eos": True}
+        (here / "data" / f"{name}.jsonl").write_bytes(text([line]))
+    stop_after_one(run, pattern, out=out)
+    gone_on = run(pattern, out=out)
+    assert gone_on.exit_code is ExitCode.OK
+    assert gone_on.report.request_counts.total == 2
+    assert run(pattern, out=out).already_done
+
+
 def test_a_shard_more_is_a_change(run, here):
     (here / "shards").mkdir()
     (here / "shards" / "a.jsonl").write_bytes(text(LINES))
