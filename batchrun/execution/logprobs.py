@@ -2,18 +2,41 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
 from batchrun.request import Logprobs, PromptLogprobs, Requests
 from batchrun.schedule.step import Step, StepOutput
 
-_FIRST_ROOM = 16  # answers, and tokens of each
+Int64 = npt.NDArray[np.int64]
+
+_PAGE = 64  # tokens of a page
+_FIRST_ROOM = 16  # answers, and pages
 _NEW, _GONE = -1, -2  # in place of a row
 
 
+class _Numbers:
+    """Numbers from 0 on that are taken and come back. `room`: all are below it."""
+
+    def __init__(self) -> None:
+        self.room = 0
+        self._vacant: list[int] = []
+
+    def take(self, count: int) -> Int64:
+        while len(self._vacant) < count:
+            more = max(self.room, _FIRST_ROOM)
+            self._vacant += range(self.room + more - 1, self.room - 1, -1)
+            self.room += more
+        return np.array([self._vacant.pop() for _ in range(count)], dtype=np.int64)
+
+    def give_back(self, numbers: Int64) -> None:
+        self._vacant += numbers.tolist()
+
+
 class LogprobTable:
-    """Logprobs of the answers under way that want them, in columns: a row an answer, a column a token.
+    """Logprobs of the answers under way that want them: in pages, as one answer may be much longer than the others.
 
     Args:
         requests: whose sampling says how many alternatives each wants.
@@ -23,11 +46,13 @@ class LogprobTable:
         wanted = np.array([-1 if s.logprobs is None else s.logprobs for s in requests.sampling], dtype=np.int64)
         self._alternatives, self._sampling_id = wanted, requests.sampling_id
         self._row_of = np.full(len(requests) if (wanted >= 0).any() else 0, _NEW, dtype=np.int64)
-        self._vacant: list[int] = []
+        self._rows, self._pages = _Numbers(), _Numbers()
+        self._page_of = np.full((1, 1), -1, dtype=np.int64)  # by row of an answer and page within it; -1: none yet
         width = max(int(wanted.max(initial=-1)), 0)
-        self._sampled = np.empty((0, _FIRST_ROOM), dtype=np.float32)
-        self._top_ids = np.empty((0, _FIRST_ROOM, width), dtype=np.int32)
-        self._top = np.empty((0, _FIRST_ROOM, width), dtype=np.float32)
+        # By page and token within it.
+        self._sampled = np.empty((0, _PAGE), dtype=np.float32)
+        self._top_ids = np.empty((0, _PAGE, width), dtype=np.int32)
+        self._top = np.empty((0, _PAGE, width), dtype=np.float32)
 
     def add(self, step: Step, output: StepOutput) -> None:
         """Take the logprobs of a step. Of a token that is sampled again, after a worker was lost, the last count."""
@@ -38,52 +63,56 @@ class LogprobTable:
         there = self._row_of[requests] != _GONE  # with two steps in flight, an end is learnt one step late
         requests, nth = requests[there], step.num_sampled[step.samples][found.rows][there]
         new = requests[self._row_of[requests] == _NEW]
-        self._row_of[new] = self._take(new.size)
-        self._make_room(int(nth.max(initial=0)) + 1)
-        rows, width = self._row_of[requests], found.top_ids.shape[1]
-        self._sampled[rows, nth] = found.sampled[there]
-        self._top_ids[rows, nth, :width] = found.top_ids[there]
-        self._top[rows, nth, :width] = found.top[there]
+        self._row_of[new] = self._rows.take(new.size)
+        rows, (nth_page, place), width = self._row_of[requests], np.divmod(nth, _PAGE), found.top_ids.shape[1]
+        self._page_of = _grown(self._page_of, (self._rows.room, int(nth_page.max(initial=0)) + 1), -1)
+        begun = self._page_of[rows, nth_page] < 0
+        self._page_of[rows[begun], nth_page[begun]] = self._pages.take(int(begun.sum()))
+        for name in ("_sampled", "_top_ids", "_top"):
+            setattr(self, name, _grown(getattr(self, name), (self._pages.room, _PAGE), 0))
+        page = self._page_of[rows, nth_page]
+        self._sampled[page, place] = found.sampled[there]
+        self._top_ids[page, place, :width] = found.top_ids[there]
+        self._top[page, place, :width] = found.top[there]
 
     def take(self, request: int, tokens: int) -> Logprobs | None:
         """The logprobs of an answer of so many tokens, which is then forgotten; None where it wants none."""
         alternatives = int(self._alternatives[self._sampling_id[request]])
         if alternatives < 0:
             return None
-        row = int(self._row_of[request])
+        nth_page, place = np.divmod(np.arange(tokens), _PAGE)
+        page = self._page_of[self._row_of[request], nth_page]
         self.forget(request)
         return Logprobs(
-            self._sampled[row, :tokens].copy(),
-            self._top_ids[row, :tokens, :alternatives].copy(),
-            self._top[row, :tokens, :alternatives].copy(),
+            self._sampled[page, place],
+            self._top_ids[page, place, :alternatives],
+            self._top[page, place, :alternatives],
         )
 
     def forget(self, request: int) -> None:
         """The request gives no answer, or has given it."""
-        if self._row_of.size:
-            if self._row_of[request] >= 0:
-                self._vacant.append(int(self._row_of[request]))
-            self._row_of[request] = _GONE
+        if not self._row_of.size:
+            return
+        row = self._row_of[request]
+        if row >= 0:
+            pages = self._page_of[row]
+            self._pages.give_back(pages[pages >= 0])
+            self._page_of[row] = -1
+            self._rows.give_back(row[None])
+        self._row_of[request] = _GONE
 
-    def _take(self, count: int) -> npt.NDArray[np.int64]:
-        while len(self._vacant) < count:
-            rows = self._sampled.shape[0]
-            more = max(rows, _FIRST_ROOM)
-            self._resize(rows + more, self._sampled.shape[1])
-            self._vacant += range(rows + more - 1, rows - 1, -1)
-        return np.array([self._vacant.pop() for _ in range(count)], dtype=np.int64)
 
-    def _make_room(self, tokens: int) -> None:
-        columns = self._sampled.shape[1]
-        if tokens > columns:
-            self._resize(self._sampled.shape[0], max(tokens, 2 * columns))
-
-    def _resize(self, rows: int, columns: int) -> None:
-        for name in ("_sampled", "_top_ids", "_top"):
-            old = getattr(self, name)
-            grown = np.empty((rows, columns, *old.shape[2:]), dtype=old.dtype)
-            grown[: old.shape[0], : old.shape[1]] = old
-            setattr(self, name, grown)
+def _grown(table: npt.NDArray[Any], room: tuple[int, int], fill: int) -> npt.NDArray[Any]:
+    """A table with room for so much in its first two dimensions; twice as much as there was, where that is not enough."""
+    there = table.shape[:2]
+    if room[0] <= there[0] and room[1] <= there[1]:
+        return table
+    room = tuple(max(wanted, 2 * has) if wanted > has else has for wanted, has in zip(room, there, strict=True))
+    grown = np.zeros((*room, *table.shape[2:]), dtype=table.dtype)  # which takes no memory before it is written to
+    if fill:
+        grown.fill(fill)
+    grown[: there[0], : there[1]] = table
+    return grown
 
 
 class PromptTable:
