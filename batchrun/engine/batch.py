@@ -171,8 +171,9 @@ class StepTensors:
             self.arrays["sample_index"] = np.append(sample_index, np.arange(step.num_rows, self.num_rows))
 
     @property
-    def graph_key(self) -> Hashable:
-        """The same for steps that a captured graph can run alike; None for one that no graph runs."""
+    def graph_key(self) -> tuple[Hashable, Hashable] | None:
+        """The same for steps that a captured graph can run alike: the kernels that are launched, and the places of what
+        they read. None for one that no graph runs."""
         return None
 
     def bind(self, tensors: Mapping[str, torch.Tensor], sampled_before: torch.Tensor | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 from collections.abc import Callable, Hashable, Mapping
 from time import perf_counter
 from typing import Any
@@ -42,9 +43,11 @@ class Device:
 
     Attributes:
         name: as torch names it.
+        graphs: whether what is launched again and again is captured once and replayed.
     """
 
     name = "cpu"
+    graphs = False
 
     def upload(self, arrays: Arrays) -> Tensors:
         """The arrays of a step as tensors, in one copy. They are overwritten by the next upload, in the order of what
@@ -102,9 +105,13 @@ class Device:
         """Whether the products of experts wait until the host knows how many rows each has: no graph can hold that."""
         return False
 
-    def graphed(self, key: Hashable, call: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def graphed(self, key: Hashable, places: Hashable, call: Callable[[], torch.Tensor]) -> torch.Tensor:
         """The result of a call that, whenever it has the same key, launches the same kernels over what lies in the same
-        places; it is good until the next such call."""
+        places; it is good until the next such call.
+
+        Args:
+            places: changes when what any call reads lies elsewhere.
+        """
         return call()
 
 
@@ -116,8 +123,9 @@ class CudaDevice(Device):
     def __init__(self, *, graphs: bool = True) -> None:
         self._pinned = self.name == "cuda"
         self._buffer = torch.empty(_FIRST_BUFFER, dtype=torch.uint8, device=self.name)
-        self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, torch.Tensor] | None] = {}
-        self._use_graphs = graphs
+        self._captured: dict[Hashable, tuple[torch.cuda.CUDAGraph, torch.Tensor] | None] = {}
+        self._places: Hashable = None
+        self.graphs = graphs
         self._pool = torch.cuda.graph_pool_handle() if graphs else None
 
     def upload(self, arrays: Arrays) -> Tensors:
@@ -178,11 +186,12 @@ class CudaDevice(Device):
 
     def _forget_graphs(self) -> None:
         """Their memory goes with the last of them, and what may be left of it is not to be captured into again."""
-        self._graphs.clear()
-        if self._use_graphs:
+        self._captured.clear()
+        if self.graphs:
             self._pool = torch.cuda.graph_pool_handle()
 
     def kv_memory(self, share: float, largest_step: Callable[[], None]) -> int | None:
+        gc.collect()  # what a run before has left, if anything of it held itself
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -199,18 +208,21 @@ class CudaDevice(Device):
             bool(torch.version.hip) or dtype != torch.bfloat16 or torch.cuda.get_device_capability()[0] not in (9, 10)
         )
 
-    def graphed(self, key: Hashable, call: Callable[[], torch.Tensor]) -> torch.Tensor:
-        if not self._use_graphs:
+    def graphed(self, key: Hashable, places: Hashable, call: Callable[[], torch.Tensor]) -> torch.Tensor:
+        if not self.graphs:
             return call()
-        if key not in self._graphs:  # the first time kernels are compiled and loaded, which cannot be captured
-            self._graphs[key] = None
+        if places != self._places:  # no graph that there is will be replayed again
+            self._forget_graphs()
+            self._places = places
+        if key not in self._captured:  # the first time kernels are compiled and loaded, which cannot be captured
+            self._captured[key] = None
             return call()
-        captured = self._graphs[key]
+        captured = self._captured[key]
         if captured is None:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool):
                 result = call()
-            captured = self._graphs[key] = (graph, result)
+            captured = self._captured[key] = (graph, result)
         graph, result = captured
         graph.replay()
         return result

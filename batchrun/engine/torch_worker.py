@@ -133,10 +133,9 @@ class TorchWorker:
         return [part for half in step.split(step.num_rows // 2) for part in self._run(half)]
 
     def _forward(self, step: Step) -> _Part:
-        if self._kv_cache is None:
-            raise RuntimeError("the worker is closed")
         finding = self._masks.begin(step) if self._masks is not None else None
         batch = self._make_batch(step)
+        assert self._kv_cache is not None
         requests = step.request[step.samples]
         past = PastTokens(step.past.length[step.samples], step.past.token_ids) if step.past is not None else None
         sampling = self._sampler.prepare(requests, step.num_sampled[step.samples], self._model.vocab_size, past)
@@ -188,14 +187,16 @@ class TorchWorker:
     def close(self) -> None:
         if self._masks is not None:
             self._masks.close()
-        self._kv_cache = None
+        self._kv_cache = self._sampled = None
+        self._make_batch = _closed  # what it was holds this worker and, on a GPU, descriptors of the pools
         self._under_way.clear()
         self._device.give_back()  # graphs have places in that memory
 
     def _logits(self, batch: StepTensors, kv_cache: KVCache) -> torch.Tensor:
         if batch.graph_key is None or not self._captures:
             return self._model.logits(batch, kv_cache)
-        return self._device.graphed(batch.graph_key, lambda: self._model.logits(batch, kv_cache))
+        rows, places = batch.graph_key
+        return self._device.graphed(rows, places, lambda: self._model.logits(batch, kv_cache))
 
     def _cpu_batch(self, step: Step) -> StepTensors:
         model = self._model
@@ -221,6 +222,10 @@ class TorchWorker:
         )
         windows: list[int | None] = []
         return lambda step: TritonBatch(step, self._tables, attention, windows, _padded_rows(step))
+
+
+def _closed(step: Step) -> StepTensors:
+    raise RuntimeError("the worker is closed")
 
 
 def _scored(parts: list[_Part]) -> list[tuple[ScoredRows, tuple[torch.Tensor, ...]]]:
@@ -299,4 +304,7 @@ def kv_memory(model: LoadedModel, device: Device, *, share: float, rows: int, pa
         worker.collect()
         worker.close()
 
-    return device.kv_memory(share, largest_step)
+    left = device.kv_memory(share, largest_step)
+    if left is None or not device.graphs:
+        return left
+    return max(left - sum(_GRAPH_ROWS) * model.vocab_size * model.dtype.itemsize, 0)  # a graph keeps its logits

@@ -74,7 +74,7 @@ class TritonBatch(StepTensors):
         return self._plans[window]
 
     @property
-    def graph_key(self) -> Hashable:
+    def graph_key(self) -> tuple[Hashable, Hashable] | None:
         # The first step of a model makes its work lists on the way, which no graph can hold.
         return (self.num_rows, self.attention.room) if self._padded and self._lists else None
 

@@ -33,25 +33,31 @@ class IdleMeter:
     def __init__(self) -> None:
         self.share: float | None = None
         self.seconds = 0.0
-        self._profiler: Any = None
+        self._profiler: Any = None  # while it watches
+        self._ended: Any = None
 
     def after(self, index: int) -> None:
         """To be called after each step, with its number."""
         import torch
 
+        if index not in _WATCHED:
+            return
+        torch.cuda.synchronize()  # the step that is under way is time of the run
         began = time.perf_counter()
         if index == _WATCHED[0]:
-            torch.cuda.synchronize()
             self._profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
             self._profiler.start()
-        elif index == _WATCHED[1]:
-            torch.cuda.synchronize()
-            self._profiler.stop()
+        elif self._profiler is not None:
+            self.close()
             self.share = idle_share(
                 (event.time_range.start, event.time_range.end)
-                for event in self._profiler.events()
+                for event in self._ended.events()
                 if event.device_type == torch.autograd.DeviceType.CUDA
             )
-        else:
-            return
         self.seconds += time.perf_counter() - began
+
+    def close(self) -> None:
+        """To be called when the run ends: where that was while it was watched, another could not be."""
+        if self._profiler is not None:
+            self._profiler.stop()
+            self._ended, self._profiler = self._profiler, None

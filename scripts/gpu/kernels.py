@@ -5,19 +5,22 @@ cut. Outputs, partial results and all of the pool that no row may see are NaN be
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, wait
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, replace
 from itertools import product
 from multiprocessing import get_context
 from typing import Any
 
+import numpy as np
 import torch
 from batchrun_kernels import reference
 from batchrun_kernels.attention import SharedPrefixAttention, store_kv
+from batchrun_kernels.work_list import Columns
 from forest_steps import ForestStep, Node, make_step
 
-from .setting import Setting
+from .setting import Result, Setting
 
 TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}  # ‖row − reference‖ / ‖reference‖, in float32
 _APART = {"merge_cost": 0.0, "item_cost": -1e9}  # every prefix is read for all its readers at once
@@ -56,11 +59,13 @@ class Outcome:
     """Attributes:
     error: the largest relative error of a row; NaN where one was not computed, or the kernel did not run.
     fault: what is wrong, or None.
+    lost: whether the process that ran it is good for no other.
     """
 
     case: Case
     error: float
     fault: str | None
+    lost: bool = False
 
 
 def cases(tiny: bool) -> list[Case]:
@@ -139,6 +144,7 @@ def _check_step(case: Case, step: ForestStep, device: str) -> list[torch.Tensor]
     )
     errors = []
     for rules in RULES.values():
+        deterministic = rules.get("deterministic", False)
         attention = SharedPrefixAttention(
             heads=heads,
             kv_heads=_KV_HEADS,
@@ -146,55 +152,100 @@ def _check_step(case: Case, step: ForestStep, device: str) -> list[torch.Tensor]
             page_size=case.page_size,
             dtype=dtype,
             device=device,
+            deterministic=deterministic,
             rules=rules,
         )
-        plan = attention.plan(step.columns, window=case.window)
-        attention._partial_out.fill_(float("nan"))
-        attention._partial_lse.fill_(float("nan"))
-        out = attention.run(
-            query.to(device),
-            keys,
-            values,
-            plan,
-            scale=0.3,
-            softcap=case.softcap,
-            sinks=None if sinks is None else sinks.to(device),
-            out=torch.full_like(query, float("nan"), device=device),
-        )
-        errors.append(((out.cpu().float() - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
+
+        def attend(columns: Columns, rows: torch.Tensor, attention: SharedPrefixAttention = attention) -> torch.Tensor:
+            plan = attention.plan(columns, window=case.window)
+            attention._partial_out.fill_(float("nan"))
+            attention._partial_lse.fill_(float("nan"))
+            return attention.run(
+                rows.to(device),
+                keys,
+                values,
+                plan,
+                scale=0.3,
+                softcap=case.softcap,
+                sinks=None if sinks is None else sinks.to(device),
+                out=torch.full_like(rows, float("nan"), device=device),
+            ).cpu()
+
+        out = attend(step.columns, query)
+        errors.append(((out.float() - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
+        if deterministic:
+            _check_alone(step.columns, query, out, attend, exactly=device != "cpu")
     return errors
 
 
-def outcome(case: Case, device: str) -> Outcome:
+def _check_alone(columns: Columns, query: torch.Tensor, out: torch.Tensor, attend: Any, *, exactly: bool) -> None:
+    """See that chunks get the bits alone that they have among others; the interpreter's products round by place."""
+    first = np.cumsum(columns.length) - columns.length
+    for chunk in range(0, len(first), 3):
+        rows = slice(int(first[chunk]), int(first[chunk] + columns.length[chunk]))
+        alone = attend(of_one_chunk(columns, chunk), query[rows])
+        if not (torch.equal(alone, out[rows]) if exactly else torch.allclose(alone, out[rows], atol=1e-2)):
+            raise AssertionError(f"deterministic: chunk {chunk} differs when it is alone")
+
+
+def of_one_chunk(columns: Columns, chunk: int) -> Columns:
+    """A step of one chunk of another, with what it reads."""
+    first = int(columns.length[:chunk].sum())
+    length = columns.length[chunk : chunk + 1]
+    mine = (columns.first_row <= first) & (first < columns.first_row + columns.rows)
+    return replace(
+        columns,
+        **{name: getattr(columns, name)[chunk : chunk + 1] for name in ("sequence", "start", "length", "depth")},
+        **{name: getattr(columns, name)[mine] for name in ("read_sequence", "tokens", "position")},
+        first_row=np.zeros_like(columns.first_row[mine]),
+        rows=np.broadcast_to(length, int(mine.sum())).copy(),
+    )
+
+
+def outcome(case: Case, setting: Setting) -> Outcome:
     """What became of a case; nothing that it raises is raised."""
     try:
-        error = check(case, device)
+        error = check(case, setting.device)
     except Exception as problem:  # the other cases are wanted all the same
-        return Outcome(case, float("nan"), f"{type(problem).__name__}: {problem}"[:400])
+        return Outcome(case, float("nan"), f"{type(problem).__name__}: {problem}"[:400], lost=not setting.answers())
     within = error < TOLERANCE[case.dtype]  # NaN is not
     return Outcome(case, error, None if within else f"relative error {error:.3g}")
 
 
-def outcomes(asked: Sequence[Case], setting: Setting) -> list[Outcome]:
-    """Of as many cases as time allows."""
+def outcomes(asked: Sequence[Case], setting: Setting) -> Iterator[Outcome]:
+    """Of as many cases as time allows, each when it is known."""
     if not setting.workers:
-        return [outcome(case, setting.device) for case in setting.take(asked)]
-    found = []
-    with ProcessPoolExecutor(setting.workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        futures = [pool.submit(outcome, case, setting.device) for case in asked]
-        wait(futures, timeout=setting.seconds_left())
-        pool.shutdown(cancel_futures=True)
-    for case, future in zip(asked, futures, strict=True):
-        if not future.cancelled():
-            died = future.exception()  # of the process
-            found.append(Outcome(case, float("nan"), repr(died)) if died else future.result())
-    return found
+        for case in setting.take(asked):
+            yield (found := outcome(case, setting))
+            if found.lost:
+                return
+    waiting = deque(asked if setting.workers else ())
+    while waiting and (len(waiting) == len(asked) or setting.seconds_left()):
+        sound = True
+        running: dict[Future[Outcome], Case] = {}
+        with ProcessPoolExecutor(setting.workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+            while running or (sound and waiting and (len(waiting) == len(asked) or setting.seconds_left())):
+                # No more than there are processes: what waits in a pool cannot be taken back when time is up.
+                while waiting and sound and len(running) < setting.workers:
+                    case = waiting.popleft()
+                    running[pool.submit(outcome, case, setting)] = case
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    case, died = running.pop(future), future.exception()  # of its process, or of one beside it
+                    found = Outcome(case, float("nan"), repr(died), lost=True) if died else future.result()
+                    sound &= not found.lost  # the others have a new pool
+                    yield found
 
 
-def run(setting: Setting) -> dict[str, Any]:
+def run(setting: Setting) -> Iterator[Result]:
     """Check as many cases as time allows; the largest error for each dtype."""
     asked = cases(setting.tiny)
-    found = outcomes(asked, setting)
+    found = []
+    for each in outcomes(asked, setting):
+        found.append(each)
+        yield _told(found, len(asked))
+
+
+def _told(found: Sequence[Outcome], asked: int) -> Result:
     faults = [f"{case_name(each.case)}: {each.fault}" for each in found if each.fault]
     rows = []
     for dtype, limit in TOLERANCE.items():
@@ -208,7 +259,7 @@ def run(setting: Setting) -> dict[str, Any]:
     return {
         "passed": not faults,
         "cases": len(found),
-        "of": len(asked),
+        "of": asked,
         "note": f"{len(faults)} failed, the first: {faults[0]}" if faults else "",
         "rows": rows,
         "faults": faults,

@@ -3,7 +3,10 @@ tokens, with 200 of their own and 100 to sample. 400 groups times the scale, or 
 
 from __future__ import annotations
 
+import gc
 import time
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -19,7 +22,7 @@ from batchrun.workloads import MICRO, Groups, Ids, micro
 
 from .engine import ATTENTION, run_engine
 from .idle import IdleMeter
-from .setting import Setting, measure_rates
+from .setting import Result, Setting, measure_rates
 
 # Of Llama 3.2 1B and Llama 3.1 8B.
 _LLAMA = {"vocab_size": 128256, "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192}
@@ -30,6 +33,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 _TINY_LLAMA = {**_LLAMA, "vocab_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32}
 TINY_SHAPES = {"tiny": {**_TINY_LLAMA, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}}
+# With pages as the device's file has them, and larger ones, which the kernels read in fewer and longer copies.
+ASKED: list[tuple[str, int | None]] = [("1B", None), ("1B", 64), ("8B", None)]
 TINY_JOB, WARM_UP = Groups(2, 40, 3, 5, 3), Groups(1, 300, 4, 20, 3)
 _KV_SHARE = 0.8  # of the memory that weights leave
 
@@ -53,18 +58,23 @@ def find_device(setting: Setting, dtype: str) -> DeviceSpec:
     )
 
 
-def run_shape(name: str, shape: dict[str, Any], setting: Setting) -> dict[str, Any]:
-    """A row of the table: a whole run, or what of it there was time for."""
+def run_shape(name: str, shape: dict[str, Any], page_size: int | None, setting: Setting) -> dict[str, Any]:
+    """A row of the table: a whole run, or what of it there was time for.
+
+    Args:
+        page_size: None for the device's.
+    """
     dtype = "float32" if setting.tiny else "bfloat16"
     config = LlamaConfig(**shape)
     with torch.device(setting.device):
         module = LlamaForCausalLM._from_config(config, attn_implementation=ATTENTION, dtype=getattr(torch, dtype))
     module.eval()
     device = find_device(setting, dtype)
+    page_size = page_size or device.page_size
     cost = CostModel(ModelSpec.from_config(config.to_dict()), device, dtype)
-    page = cost.model.kv_bytes_per_token(dtype) * device.page_size
+    page = cost.model.kv_bytes_per_token(dtype) * page_size
     room: dict[str, Any] = {
-        "page_size": device.page_size,
+        "page_size": page_size,
         "pages": 4096 if setting.tiny else int(_KV_SHARE * torch.cuda.mem_get_info()[0]) // page,
         "step_tokens": 32 if setting.tiny else device.step_tokens,
     }
@@ -73,18 +83,20 @@ def run_shape(name: str, shape: dict[str, Any], setting: Setting) -> dict[str, A
     meter = IdleMeter()
     if not setting.tiny:
         run_engine(module, make_job(WARM_UP, config.vocab_size), cost, **room)  # compiles the kernels
-    ran = run_engine(
-        module,
-        job,
-        cost,
-        **room,
-        on_step=lambda step: None if setting.tiny else meter.after(step.index),
-        should_stop=lambda: not setting.seconds_left(),
-    )
+    with closing(meter):
+        ran = run_engine(
+            module,
+            job,
+            cost,
+            **room,
+            on_step=lambda step: None if setting.tiny else meter.after(step.index),
+            should_stop=lambda: not setting.seconds_left(),
+        )
     seconds = ran.seconds - meter.seconds
     bound = cost.bound(ran.work)
     return {
         "model": name,
+        "page": page_size,
         "requests": len(job),
         "done": len(ran.answers),
         "seconds": seconds,
@@ -103,23 +115,39 @@ def run_shape(name: str, shape: dict[str, Any], setting: Setting) -> dict[str, A
     }
 
 
-def run(setting: Setting) -> dict[str, Any]:
+def run(setting: Setting) -> Iterator[Result]:
     """Run the shapes, smallest first; the last one may be cut."""
-    shapes = TINY_SHAPES if setting.tiny else SHAPES
-    rows = []
-    for nth, (name, shape) in enumerate(setting.take(shapes.items())):
-        share = setting.seconds_left() / (len(shapes) - nth)  # of what is left
-        rows.append(run_shape(name, shape, replace(setting, end=time.monotonic() + share)))
-        if not setting.tiny:
-            torch.cuda.empty_cache()
-    details = {row["model"]: row.pop("details") for row in rows}
-    cut = any(row["done"] < row["requests"] for row in rows)
-    note = f"T_bound: {next(iter(details.values()))['device']}"
-    return {
-        "passed": True,
-        "cases": sum(row["done"] == row["requests"] for row in rows),
-        "of": len(shapes),
-        "note": note + ("; a run that was cut counts as far as it went" if cut else ""),
-        "rows": rows,
-        "details": details,
-    }
+    asked = [(name, None) for name in TINY_SHAPES] if setting.tiny else ASKED
+    left = len(asked)
+    rows: list[Result] = []
+    details: list[Result] = []
+    faults: list[str] = []
+
+    def share_of_time(one: tuple[str, int | None]) -> Result:
+        nonlocal left
+        end = time.monotonic() + setting.seconds_left() / left
+        left -= 1
+        try:
+            return run_shape(one[0], {**TINY_SHAPES, **SHAPES}[one[0]], one[1], replace(setting, end=end))
+        finally:
+            gc.collect()  # what a module holds of itself goes before the next one needs its memory
+            if not setting.tiny:
+                torch.cuda.empty_cache()
+
+    for (name, _), row, failed in setting.try_each(asked, share_of_time):
+        if row is None:
+            faults.append(f"{name}: {failed}")
+        else:
+            details.append(row.pop("details"))
+            rows.append(row)
+        notes = [f"T_bound: {details[0]['device']}"] if details else []
+        if any(row["done"] < row["requests"] for row in rows):
+            notes.append("a run that was cut counts as far as it went")
+        yield {
+            "passed": not faults,
+            "cases": sum(row["done"] == row["requests"] for row in rows),
+            "of": len(asked),
+            "note": "; ".join([*notes, *faults]),
+            "rows": rows,
+            "details": details,
+        }

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+R = TypeVar("R")
+Result = dict[str, Any]  # of a section: `passed` and what a table shows
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,29 @@ class Setting:
             if nth and not self.seconds_left():
                 return
             yield case
+
+
+    def try_each(self, cases: Iterable[T], call: Callable[[T], R]) -> Iterator[tuple[T, R | None, str]]:
+        """Cases until time is up, what the call gives for each, and how it failed, if it did: the others are wanted all
+        the same, as long as the device answers."""
+        for case in self.take(cases):
+            try:
+                yield case, call(case), ""
+            except Exception:
+                yield case, None, traceback.format_exc()[-3000:]
+                if not self.answers():
+                    return
+
+    def answers(self) -> bool:
+        """Whether the device still does what it is told: an access to what is not there ends its context for good."""
+        import torch
+
+        try:
+            if not self.tiny:
+                torch.cuda.synchronize()
+        except RuntimeError:
+            return False
+        return True
 
 
 def seconds_of(call: Callable[[], Any], device: str) -> float:

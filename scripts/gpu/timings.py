@@ -11,7 +11,7 @@ All are given the same inputs, and a time counts only where the results agree.""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from batchrun_kernels.attention import SharedPrefixAttention
 from batchrun_kernels.work_list import Columns
 
-from .setting import Rates, Setting, host_seconds_of, measure_rates, seconds_of
+from .setting import Rates, Result, Setting, host_seconds_of, measure_rates, seconds_of
 
 # Of two results whose rows each err by up to the tolerance of kernels.py.
 _AGREE = {"float32": 1e-4, "float16": 4e-3, "bfloat16": 2e-2}
@@ -67,7 +67,9 @@ SHAPES = [
     Shape("prefill chunk", 1, 2048, 1, 2048, 4096),
     Shape("decode 4x64", 4, 2000, 64, 250, 1),
     Shape("decode alone", 256, 0, 1, 2000, 1),
+    Shape("prefill page 16", 2, 2000, 16, 0, 128, page_size=16),
     Shape("decode page 16", 32, 2000, 16, 250, 1, page_size=16),
+    Shape("1x256 page 16", 1, 8000, 256, 250, 1, page_size=16),
     Shape("decode 1x256", 1, 8000, 256, 250, 1),
     Shape("decode D=64", 32, 2000, 16, 250, 1, head_dim=64),
     Shape("decode G=7", 32, 2000, 16, 250, 1, heads=28, kv_heads=4),
@@ -298,27 +300,32 @@ def time_shape(shape: Shape, dtype: str, device: str, rates: Rates) -> tuple[dic
     return row | {"details": {**asdict(shape), **host, "errors": errors}}, faults
 
 
-def run(setting: Setting) -> dict[str, Any]:
+def run(setting: Setting) -> Iterator[Result]:
     """Time as many steps as time allows."""
     dtype = "float32" if setting.tiny else "bfloat16"
     rates = measure_rates(setting, dtype)
     shapes = TINY_SHAPES if setting.tiny else SHAPES
-    rows, details, faults = [], [], []
-    for shape in setting.take(shapes):
-        row, wrong = time_shape(shape, dtype, setting.device, rates)
-        details.append(row.pop("details"))
-        rows.append(row)
-        faults += wrong
-    # A peer that is there but does not run is no fault of ours, and is told.
-    errors = {name: error for detail in details for name, error in detail["errors"].items()}
-    faults_and_errors = [*faults, *(f"{name} did not run: {error}" for name, error in errors.items())]
+    rows: list[Result] = []
+    details: list[Result] = []
+    faults: list[str] = []
     note = f"{dtype}, copy {rates.bandwidth / 1e9:.4g} GB/s, matrix product {rates.flops / 1e12:.4g} Tflop/s"
-    return {
-        "passed": not faults,
-        "cases": len(rows),
-        "of": len(shapes),
-        "note": "; ".join([note, *faults_and_errors]),
-        "rates": asdict(rates),
-        "rows": rows,
-        "details": details,
-    }
+    for shape, timed, failed in setting.try_each(shapes, lambda one: time_shape(one, dtype, setting.device, rates)):
+        if timed is None:
+            faults.append(f"{shape.name}: {failed}")
+        else:
+            row, wrong = timed
+            details.append(row.pop("details"))
+            rows.append(row)
+            faults += wrong
+        # A peer that is there but does not run is no fault of ours, and is told.
+        errors = {name: error for detail in details for name, error in detail["errors"].items()}
+        faults_and_errors = [*faults, *(f"{name} did not run: {error}" for name, error in errors.items())]
+        yield {
+            "passed": not faults,
+            "cases": len(rows),
+            "of": len(shapes),
+            "note": "; ".join([note, *faults_and_errors]),
+            "rates": asdict(rates),
+            "rows": rows,
+            "details": details,
+        }

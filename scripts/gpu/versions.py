@@ -8,12 +8,13 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .setting import Setting
+from .setting import Result, Setting
 
 ROOT = Path(__file__).resolve().parents[2]
 _PEERS = ("flashinfer-python",)
@@ -56,7 +57,7 @@ def explain(error: ModuleNotFoundError) -> str | None:
     return bring(missing() | ({} if name in requirements() else {name: name}))
 
 
-def run(setting: Setting) -> dict[str, Any]:
+def run(setting: Setting) -> Iterator[Result]:
     """Versions, and the wheels to bring where a package is missing."""
     packages: dict[str, str | None] = {}
     for name in [*requirements(), *_PEERS]:
@@ -68,8 +69,9 @@ def run(setting: Setting) -> dict[str, Any]:
     lacking = missing()
     if lacking:
         result |= {"passed": False, "error": bring(lacking)}
+    yield result
     if "torch" in lacking:
-        return result
+        return
     import torch
 
     gpu = None
@@ -86,7 +88,7 @@ def run(setting: Setting) -> dict[str, Any]:
     elif not setting.tiny:
         result |= {"passed": False, "error": "torch sees no GPU; --tiny runs all of it on the CPU, very small."}
     named = ", ".join(f"{name} {packages[name]}" for name in ("torch", "triton", "transformers"))
-    return result | {"gpu": gpu, "note": f"{gpu['name'] if gpu else 'CPU'}, {named}"}
+    yield result | {"gpu": gpu, "note": f"{gpu['name'] if gpu else 'CPU'}, {named}"}
 
 
 def _driver() -> str | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import weakref
 from collections.abc import Callable, Hashable
 from pathlib import Path
 
@@ -29,11 +31,11 @@ class Watched(Device):
     def __init__(self) -> None:
         self.graphed_calls = 0
 
-    def graphed(self, key: Hashable, call: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def graphed(self, key: Hashable, places: Hashable, call: Callable[[], torch.Tensor]) -> torch.Tensor:
         self.graphed_calls += 1
         with pytest.MonkeyPatch.context() as patch:
             patch.delattr(SharedPrefixAttention, "plan")
-            return super().graphed(key, call)
+            return super().graphed(key, places, call)
 
 
 ModelFactory = Callable[..., Path]
@@ -92,7 +94,14 @@ def answers(
         on_finished=lambda finished: found.update({finished.request: finished.token_ids.tolist()}),
         on_step=on_step,
     )
-    worker.close()
+    assert worker._kv_cache is not None
+    pool = weakref.ref(worker._kv_cache.keys[0].untyped_storage())
+    gc.disable()  # which runs rarely where a model is loaded
+    try:
+        worker.close()
+        assert pool() is None, "a run after this one finds its memory taken"
+    finally:
+        gc.enable()
     return [found[request] for request in range(len(requests))], kinds
 
 

@@ -130,16 +130,16 @@ class Watched(Device):
     def waits_for_experts(self, dtype: torch.dtype) -> bool:
         return self._waits
 
-    def graphed(self, key: Hashable, call: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def graphed(self, key: Hashable, places: Hashable, call: Callable[[], torch.Tensor]) -> torch.Tensor:
         self.keys.append(key)
-        return super().graphed(key, call)
+        return super().graphed(key, places, call)
 
 
 class WorkerWithGraphs(TorchWorker):
     """Has keys for its graphs, as on a GPU."""
 
     class _Batch(Batch):
-        graph_key = "one"
+        graph_key = ("one", None)
 
     def _cpu_batch(self, step: Any) -> Batch:
         return self._Batch(step, self._tables, 2, self._model.dtype)

@@ -196,7 +196,7 @@ def test_time_that_a_section_leaves_goes_to_those_after_it(monkeypatch: pytest.M
         sections, "run_section", lambda name, *, seconds, **rest: given.append(seconds) or {"passed": True}
     )
     sections.run_all(["versions", "kernels", "micro"], minutes=10, tiny=True, scale=1.0, workers=None)
-    assert given == pytest.approx([600 * 0.2 / 6.2, 300, 600], rel=1e-2)
+    assert given == pytest.approx([580 * 0.4 / 6.4, 290, 580], rel=1e-2)
 
 
 @pytest.mark.parametrize(("factor", "passed"), [("1.0", True), ("1.05", False)])
@@ -218,17 +218,21 @@ def test_a_peer_that_does_not_run_is_told_and_fails_nothing(gpu_check) -> None:
 def test_the_sanitizer(gpu_check, tmp_path: Path, last: str, passed: bool) -> None:
     tool = tmp_path / "bin" / "compute-sanitizer"
     tool.parent.mkdir()
-    tool.write_text(f'#!/bin/sh\n[ "$1 $2 $3 $4" = "--tool memcheck --error-exitcode 1" ] || exit 5\nshift 4\n{last}\n')
+    tool.write_text(
+        f'#!/bin/sh\n[ "$1 $2 $3 $4" = "--tool memcheck --error-exitcode 1" ] || exit 5\n'
+        f'echo what is wrong > "$6"\nshift 6\n{last}\n'
+    )
     tool.chmod(0o755)
     done = gpu_check("--only", "sanitizer", path=tool.parent)
     assert done.sections["sanitizer"]["passed"] == passed
     assert done.code == (0 if passed else 1), done.said
     assert done.sections["sanitizer"].get("cases") == (3 if passed else None)
+    assert done.sections["sanitizer"]["memcheck"] == "what is wrong\n"
 
 
 def test_without_the_sanitizer_its_section_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sanitizer, "find_tool", lambda: None)
-    result = sanitizer.run(Setting(tiny=True, end=0.0, scale=1.0, workers=0))
+    [result] = sanitizer.run(Setting(tiny=True, end=0.0, scale=1.0, workers=0))
     assert result["passed"]
     assert "not installed" in result["note"]
 
