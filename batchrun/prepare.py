@@ -61,6 +61,7 @@ class Prepared:
     silent: int
     clipped: int
     clipped_to_pool: int
+    calls_not_read: int
     seconds: dict[str, float]
 
     @property
@@ -114,6 +115,7 @@ def prepare(
         silent=intake.silent,
         clipped=intake.clipped,
         clipped_to_pool=fitting.clipped,
+        calls_not_read=intake.calls_not_read,
         seconds={"tokenize": tokenized - began, "plan": perf_counter() - tokenized},
     )
     return prepared, fitting.forest
@@ -414,7 +416,8 @@ def mismatches(lint: JobLint, subject: Subject) -> Warned | None:
 
 def warnings_of(lint: JobLint, prepared: Prepared, subject: Subject, config: RunConfig) -> list[Warned]:
     """What a person should know, each kind once."""
-    warnings = [*lint_warnings(lint, subject), *limit_warnings(prepared.silent, prepared.clipped)]
+    warnings = lint_warnings(lint, subject)
+    warnings += intake_warnings(prepared.silent, prepared.clipped, prepared.calls_not_read)
     if prepared.clipped_to_pool:
         warnings.append(
             Warned(
@@ -436,8 +439,8 @@ def lint_warnings(lint: JobLint, subject: Subject | None) -> list[Warned]:
     return [*warnings, mismatch] if mismatch is not None else warnings
 
 
-def limit_warnings(silent: int, clipped: int) -> list[Warned]:
-    """What token limits came to, as counted by `Intake`."""
+def intake_warnings(silent: int, clipped: int, calls_not_read: int) -> list[Warned]:
+    """What came of token limits and tools, as counted by `Intake`."""
     warnings = []
     if silent:
         warnings.append(
@@ -450,4 +453,12 @@ def limit_warnings(silent: int, clipped: int) -> list[Warned]:
         )
     if clipped:
         warnings.append(Warned("max_tokens_clipped", clipped, "max_tokens reaches past the context and was cut to it"))
+    if calls_not_read:
+        warnings.append(
+            Warned(
+                "tool_calls_not_read",
+                calls_not_read,
+                "how this model writes calls of tools is not known from its chat template; they stay in the text",
+            )
+        )
     return warnings
