@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -20,6 +20,11 @@ _HERMES, _HERMES_END = "<tool_call>", "</tool_call>"
 _MISTRAL, _MISTRAL_ARGUMENTS = "[TOOL_CALLS]", "[ARGS]"
 _MISTRAL_NAMED = re.compile(r"\s*([\w.-]+)(?:\[CALL_ID\][^\[{]*)?\[ARGS\]\s*")
 _PYTHON_TAG = "<|python_tag|>"
+_CHANNEL, _MESSAGE, _START = "<|channel|>", "<|message|>", "<|start|>"
+_ANALYSIS = f"{_CHANNEL}analysis{_MESSAGE}"
+_MESSAGE_END = re.compile(r"<\|(?:end|call|return)\|>|(?=<\|start\|>)")
+_CHANNEL_NAME = re.compile(r"<\|channel\|>\s*(\w+)")
+_FUNCTION = re.compile(r"\bto=functions\.([^\s<]+)")
 # What may be a special token: a grammar has to ask for it by its id then.
 _MARKS = re.compile("|".join(map(re.escape, (_HERMES, _HERMES_END, _MISTRAL, _MISTRAL_ARGUMENTS))))
 _JSON = re.compile(r'"(?:[^"\\]|\\.)*"|[^"{]+|\{')  # texts, braces, and what stands between them
@@ -60,7 +65,7 @@ class _Calls:
 
 
 class UnknownFormat(ValueError):
-    """How the model writes calls of tools is not known."""
+    """How the model would write what is wanted of an answer is not known."""
 
 
 class ChatReader:
@@ -70,13 +75,22 @@ class ChatReader:
     Args:
         template: the chat template, or None.
         special_tokens: ids of the special tokens, by their texts.
+
+    Attributes:
+        channels: whether an answer is messages in channels, as GPT-OSS writes them, told apart by special tokens alone.
+        thinks: whether an answer may have a thought.
+        reads_calls: whether calls of tools are found in an answer.
     """
 
     def __init__(self, template: str | None, special_tokens: Mapping[str, int] | None = None) -> None:
         template = template or ""
-        self.thinks = _THOUGHT in template
+        self.channels = _CHANNEL in template and _MESSAGE in template
+        self.thinks = self.channels or _THOUGHT in template
+        self._think = _ANALYSIS if self.channels else _THINK
         self._special = special_tokens or {}
-        self._calls = _calls_of(template)
+        self._calls = None if self.channels else _calls_of(template)
+        self.reads_calls = self.channels or self._calls is not None
+        self._renames = "message.thinking" in template and "reasoning_content" not in template
         self._in_chat = lru_cache(maxsize=4096)(self._in_chat_anew)  # most lines say the same
 
     def in_chat(self, grammar: Grammar, prompt_end: str) -> Grammar:
@@ -86,8 +100,12 @@ class ChatReader:
             prompt_end: the end of the prompt's text, which tells whether the model is thinking there, or has been.
 
         Raises:
-            UnknownFormat: calls are wanted, and how the model writes them is not known.
+            UnknownFormat: calls are wanted, and how the model writes them is not known; or it writes in channels.
         """
+        if self.channels:
+            raise UnknownFormat(
+                "this model writes its answers in channels, which a grammar cannot follow yet; leave it out"
+            )
         end = prompt_end.rstrip()
         return self._in_chat(grammar, self.begins_in_thought(end), end.endswith(_THOUGHT))
 
@@ -134,18 +152,30 @@ class ChatReader:
 
     def begins_in_thought(self, prompt_end: str) -> bool:
         """Whether a prompt that ends so leaves the model thinking."""
-        return self.thinks and prompt_end.rstrip().endswith(_THINK)
+        return self.thinks and prompt_end.rstrip().endswith(self._think)
 
-    def read(self, text: str, whole: str | None, *, in_thought: bool) -> ChatAnswer:
+    def for_template(self, messages: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+        """Messages as the template takes them: that of GPT-OSS has another name for `reasoning_content`."""
+        if not self._renames:
+            return messages
+        return [
+            {"thinking" if name == "reasoning_content" else name: value for name, value in message.items()}
+            for message in messages
+        ]
+
+    def read(self, text: str, whole: str, *, calls: bool, in_thought: bool) -> ChatAnswer:
         """Take an answer apart.
 
         Args:
             text: as a person would read it.
-            whole: with all special tokens, where calls of tools are to be looked for; else None.
+            whole: with all special tokens; looked at for calls, and where there are `channels`.
+            calls: whether to look for calls of tools.
             in_thought: as `begins_in_thought`.
         """
+        if self.channels:
+            return _in_channels(_ANALYSIS + whole if in_thought else whole, calls)
         reasoning, content = self._thought(text, in_thought)
-        if whole is not None and self._calls is not None:
+        if calls and self._calls is not None:
             found = self._calls.read(self._thought(whole, in_thought)[1])
             if found is not None:
                 return ChatAnswer(found[0], reasoning, found[1])
@@ -161,6 +191,27 @@ class ChatReader:
             return None, text
         thought, _, content = head.partition(_THOUGHT)
         return thought.strip("\n"), content.lstrip("\n")
+
+
+def _in_channels(text: str, calls: bool) -> ChatAnswer:
+    """GPT-OSS: `<|channel|>analysis<|message|>...<|end|><|start|>assistant<|channel|>final<|message|>...`. A call has
+    ` to=functions.NAME` before or behind its channel. The prompt begins the first header, and may have all of it."""
+    said: list[str] = []
+    thoughts: list[str] = []
+    called: list[ToolCall] = []
+    for message in _MESSAGE_END.split(text):
+        header, mark, body = message.partition(_MESSAGE)
+        if not mark:  # text alone, or a header that was cut
+            header, body = "", "" if _START in header or _CHANNEL in header else header
+        channel, function = _CHANNEL_NAME.search(header), _FUNCTION.search(header)
+        call = _call({"name": function[1], "arguments": body}) if function and calls else None
+        if call is not None:
+            called.append(call)
+        elif channel is not None and channel[1] == "analysis" and function is None:
+            thoughts.append(body)
+        elif body:
+            said.append(body)
+    return ChatAnswer("\n".join(said), "\n".join(thoughts) if thoughts else None, tuple(called))
 
 
 def _calls_of(template: str) -> _Calls | None:

@@ -13,7 +13,7 @@ from batchrun.config import InputConfig, RunConfig
 from batchrun.errors import ExitCode, UsageError
 from batchrun.formats.job import lint_job, sound_lines
 from batchrun.intake import Intake, read_requests
-from batchrun.prepare import limit_warnings, lint_warnings, mismatches, model_warnings
+from batchrun.prepare import intake_warnings, lint_warnings, mismatches, model_warnings
 from batchrun.report.records import Warned
 from batchrun.request import LineFault
 from batchrun.sources.opening import Opened, open_to_read
@@ -115,7 +115,7 @@ def _check(opened: Opened, config: RunConfig | None, subject: Subject | None, li
         intake = read_requests(sound_lines(source, limit), tokenizer, subject.spec, subject.generation_config, config)
         faults = sorted([*faults, *source.located(intake.faults)], key=lambda fault: fault.number)
         warnings += model_warnings(subject, config)
-        warnings += limit_warnings(intake.silent, intake.clipped)
+        warnings += intake_warnings(intake.silent, intake.clipped, intake.calls_not_read)
         lengths = _lengths(intake, subject.spec.max_context)
     return Checked(
         total=lint.total,

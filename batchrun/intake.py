@@ -24,13 +24,14 @@ from batchrun.request import (
     LineOptions,
     Requests,
     SamplingParams,
+    ToolChoice,
 )
 from batchrun.specs import ModelSpec
 from batchrun.tokenizer import Int32, PromptEncoder, Tokenizer
 from batchrun.tokens import TokenTableBuilder
 
 _NO_TEMPLATE = "the model has no chat template; give one with --chat-template FILE, or use /v1/completions"
-_NOT_IN_EVERY_TEMPLATE = {"reasoning_effort", "documents"}  # fields of a chat that would be lost silently
+_NOT_IN_EVERY_TEMPLATE = {"tools", "reasoning_effort", "documents"}  # fields of a chat that would be lost silently
 # Characters, or token ids, tokenised at once: enough for all cores, and little memory (the tokenizer takes some 100
 # bytes a token for a while).
 _BATCH = 1 << 20
@@ -51,6 +52,7 @@ class Intake:
         faults: lines that the tokenizer or the model's context refuses, in file order.
         silent: lines that nobody set a token limit for.
         clipped: lines whose token limit was cut to the context.
+        calls_not_read: lines with tools, where it is not known how the model writes calls of them.
     """
 
     requests: Requests
@@ -58,6 +60,7 @@ class Intake:
     faults: list[LineFault]
     silent: int
     clipped: int
+    calls_not_read: int
 
 
 @dataclass(slots=True)
@@ -94,7 +97,7 @@ def read_requests(
     columns = _Columns()
     faults: list[LineFault] = []
     known: dict[SamplingParams, int] = {}
-    silent = clipped = 0
+    silent = clipped = calls_not_read = 0
 
     @lru_cache(maxsize=4096)  # most lines say the same
     def sampling_of(options: LineOptions) -> SamplingParams:
@@ -134,7 +137,7 @@ def read_requests(
         return LineFault(line.number, line.custom_id, code, f"{name}: {reason}", name)
 
     encoder = PromptEncoder(tokenizer)
-    for batch in _batches(lines, tokenizer):
+    for batch in _batches(lines, tokenizer, reader):
         for (line, written), prompts in zip(batch, _encode(batch, encoder), strict=True):
             options = line.options
             fault: LineFault | None = None
@@ -173,6 +176,7 @@ def read_requests(
                 cut |= clip
             silent += defaulted
             clipped += cut
+            calls_not_read += options.tool_choice is ToolChoice.AUTO and not reader.reads_calls
             columns.line_numbers.append(line.number)
             columns.custom_ids.append(line.custom_id)
             columns.endpoints.append(_PLACE[line.endpoint])
@@ -188,15 +192,17 @@ def read_requests(
         custom_ids=columns.custom_ids.joined(),
         endpoints=columns.endpoints.joined(),
     )
-    return Intake(requests, columns.defaulted.joined().view(bool), faults, silent, clipped)
+    return Intake(requests, columns.defaulted.joined().view(bool), faults, silent, clipped, calls_not_read)
 
 
-def _batches(lines: Iterable[JobLine], tokenizer: Tokenizer) -> Iterator[list[tuple[JobLine, Prompts | LineFault]]]:
+def _batches(
+    lines: Iterable[JobLine], tokenizer: Tokenizer, reader: ChatReader
+) -> Iterator[list[tuple[JobLine, Prompts | LineFault]]]:
     """The lines with their prompts, chats rendered, some at a time."""
     batch: list[tuple[JobLine, Prompts | LineFault]] = []
     size = 0
     for line in lines:
-        prompts = _prompts(line, tokenizer)
+        prompts = _prompts(line, tokenizer, reader)
         batch.append((line, prompts))
         size += _LINE if isinstance(prompts, LineFault) else _LINE + sum(map(len, prompts))
         if size >= _BATCH:
@@ -206,17 +212,21 @@ def _batches(lines: Iterable[JobLine], tokenizer: Tokenizer) -> Iterator[list[tu
         yield batch
 
 
-def _prompts(line: JobLine, tokenizer: Tokenizer) -> Prompts | LineFault:
+def _prompts(line: JobLine, tokenizer: Tokenizer, reader: ChatReader) -> Prompts | LineFault:
     if line.messages is None:
         return line.prompts or ()
     if not tokenizer.has_chat_template:
         return _invalid(line, _NO_TEMPLATE)
-    for name in _NOT_IN_EVERY_TEMPLATE & (line.template_kwargs or {}).keys():
-        if name not in (tokenizer.chat_template or ""):
-            message = f"{name} is not known to the model's chat template; leave it out"
+    given = {*(line.template_kwargs or {}), *(["tools"] if line.tools else [])}
+    for name in sorted(_NOT_IN_EVERY_TEMPLATE & given):
+        if name not in tokenizer.template_for(bool(line.tools)):
+            message = (
+                f"{name} is not known to the model's chat template; leave it out, or give another template with "
+                "--chat-template FILE"
+            )
             return LineFault(line.number, line.custom_id, "unsupported_field", message, name)
     try:
-        return (tokenizer.render_chat(line.messages, line.tools, line.template_kwargs),)
+        return (tokenizer.render_chat(reader.for_template(line.messages), line.tools, line.template_kwargs),)
     except ValueError as refusal:
         return _invalid(line, str(refusal))
 

@@ -62,6 +62,7 @@ class Prepared:
     silent: int
     clipped: int
     clipped_to_pool: int
+    calls_not_read: int
     seconds: dict[str, float]
 
     @property
@@ -115,6 +116,7 @@ def prepare(
         silent=intake.silent,
         clipped=intake.clipped,
         clipped_to_pool=fitting.clipped,
+        calls_not_read=intake.calls_not_read,
         seconds={"tokenize": tokenized - began, "plan": perf_counter() - tokenized},
     )
     return prepared, fitting.forest
@@ -418,7 +420,7 @@ def warnings_of(lint: JobLint, prepared: Prepared, subject: Subject, config: Run
     warnings = [
         *lint_warnings(lint, subject),
         *model_warnings(subject, config),
-        *limit_warnings(prepared.silent, prepared.clipped),
+        *intake_warnings(prepared.silent, prepared.clipped, prepared.calls_not_read),
     ]
     if prepared.clipped_to_pool:
         warnings.append(
@@ -467,8 +469,8 @@ def model_warnings(subject: Subject, config: RunConfig) -> list[Warned]:
     return [Warned("generation_config", len(names), words)]
 
 
-def limit_warnings(silent: int, clipped: int) -> list[Warned]:
-    """What token limits came to, as counted by `Intake`."""
+def intake_warnings(silent: int, clipped: int, calls_not_read: int) -> list[Warned]:
+    """What came of token limits and tools, as counted by `Intake`."""
     warnings = []
     if silent:
         warnings.append(
@@ -481,4 +483,12 @@ def limit_warnings(silent: int, clipped: int) -> list[Warned]:
         )
     if clipped:
         warnings.append(Warned("max_tokens_clipped", clipped, "max_tokens reaches past the context and was cut to it"))
+    if calls_not_read:
+        warnings.append(
+            Warned(
+                "tool_calls_not_read",
+                calls_not_read,
+                "how this model writes calls of tools is not known from its chat template; they stay in the text",
+            )
+        )
     return warnings

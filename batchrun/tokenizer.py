@@ -97,6 +97,13 @@ class Tokenizer:
         template = self._fast.chat_template
         return "\n".join(template.values()) if isinstance(template, dict) else template
 
+    def template_for(self, tools: bool) -> str:
+        """The text of the template that a chat is written in, one with tools or one without."""
+        template = self._fast.chat_template
+        if isinstance(template, dict):
+            template = template.get("tool_use" if tools and "tool_use" in template else "default")
+        return template or ""
+
     @property
     def special_tokens(self) -> dict[str, int]:
         """The special tokens, by what is written for them where they are not left out."""

@@ -192,7 +192,7 @@ MEANINGS = {
     "logprobs": "In a chat true or false, in a completion the number of alternatives: log-probabilities of the "
     "answer's tokens by the model's own distribution, before penalties, temperature and whatever cuts it.",
     "tools": "Functions that the model may call: the chat template gets them, and calls in the answer become "
-    "`message.tool_calls`.",
+    "`message.tool_calls`; an error where the template does nothing with them.",
     "tool_choice": "`none` is as if there were no `tools`. `required`: the answer is calls of them, one at least; "
     "with a function's name it is one call of that; `allowed_tools` is about some of them ([calls of "
     "tools](sampling.md#calls-of-tools)).",

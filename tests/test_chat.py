@@ -10,8 +10,8 @@ from openai.types.chat import ChatCompletion
 from transformers import AutoTokenizer
 
 import batchrun
-from batchrun.chat import ChatAnswer, ChatReader
-from batchrun.request import ToolCall
+from batchrun.chat import ChatAnswer, ChatReader, UnknownFormat
+from batchrun.request import Grammar, ToolCall
 
 HERMES = "{%- if tools %}<tool_call>{%- endif %}"
 LLAMA = """{%- if tools is not none %}Environment: ipython {"name": ..., "parameters": ...}{%- endif %}"""
@@ -21,7 +21,7 @@ CLOCK = ToolCall("clock", "{}")
 
 
 def read(template: str, text: str, *, in_thought: bool = False) -> ChatAnswer:
-    return ChatReader(template).read(text, text, in_thought=in_thought)
+    return ChatReader(template).read(text, text, calls=True, in_thought=in_thought)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_what_is_no_call_is_text(template, text):
 
 def test_without_tools_nothing_is_looked_for():
     text = '<tool_call>{"name": "clock"}</tool_call>'
-    assert ChatReader(HERMES).read(text, None, in_thought=False) == ChatAnswer(text, None, ())
+    assert ChatReader(HERMES).read(text, text, calls=False, in_thought=False) == ChatAnswer(text, None, ())
 
 
 THINKS = "{{ content.split('</think>')[-1] }}"
@@ -116,6 +116,98 @@ def test_whether_a_prompt_ends_in_a_thought():
     assert ChatReader(THINKS).begins_in_thought("<|assistant|>\n<think>\n")
     assert not ChatReader(THINKS).begins_in_thought("<think>\n\n</think>\n\n")
     assert not ChatReader(HERMES).begins_in_thought("<think>\n")
+
+
+# --- channels, as GPT-OSS has them
+
+CHANNELS = "{{ '<|start|>assistant<|channel|>final<|message|>' + message.content + '<|end|>' }}"
+THOUGHT = "<|channel|>analysis<|message|>It rains.<|end|><|start|>assistant"
+TO_WEATHER = '<|channel|>commentary to=functions.weather <|constrain|>json<|message|>{"city": "Zürich"}<|call|>'
+TO_CLOCK = " to=functions.clock<|channel|>commentary json<|message|>{}<|call|>"
+BAD_CALL = '<|channel|>commentary to=functions.clock <|constrain|>json<|message|>{"zone": "U'
+
+
+@pytest.mark.parametrize(
+    ("text", "reasoning", "content", "calls"),
+    [
+        (f"{THOUGHT}<|channel|>final<|message|>Take a coat.<|return|>", "It rains.", "Take a coat.", []),
+        (f"{THOUGHT}<|channel|>final<|message|>Take a coat.", "It rains.", "Take a coat.", []),
+        (f"{THOUGHT}{THOUGHT}<|channel|>final<|message|>A\nB", "It rains.\nIt rains.", "A\nB", []),
+        ("<|channel|>final <|constrain|>json<|message|>{}<|return|>", None, "{}", []),
+        (f"{THOUGHT}{TO_WEATHER}", "It rains.", "", [WEATHER]),
+        (f"{THOUGHT}{TO_CLOCK}", "It rains.", "", [CLOCK]),
+        (TO_CLOCK, None, "", [CLOCK]),
+        (TO_CLOCK.removesuffix("<|call|>"), None, "", [CLOCK]),  # which ended it
+        (f"{TO_CLOCK}<|start|>assistant{TO_WEATHER}", None, "", [CLOCK, WEATHER]),
+        ("<|channel|>analysis to=functions.clock<|message|>{}<|call|>", None, "", [CLOCK]),
+        (
+            f"{THOUGHT}<|channel|>commentary<|message|>I look.<|end|><|start|>assistant{TO_WEATHER}",
+            "It rains.",
+            "I look.",
+            [WEATHER],
+        ),
+        (
+            "<|channel|>commentary<|message|>First.<|end|><|start|>assistant<|channel|>final<|message|>Then.",
+            None,
+            "First.\nThen.",
+            [],
+        ),
+        # What is no call is text.
+        (BAD_CALL, None, '{"zone": "U', []),
+        (f"{TO_CLOCK}<|start|>assistant{BAD_CALL}", None, '{"zone": "U', [CLOCK]),
+        ("<|channel|>commentary to=browser.open code<|message|>{}<|call|>", None, "{}", []),
+        ("<|channel|>analysis to=python code<|message|>1 + 1<|call|>", "1 + 1", "", []),
+        # Cut.
+        ("<|channel|>analysis<|message|>It ra", "It ra", "", []),
+        ("<|channel|>analysis<|message|>", "", "", []),
+        ("<|channel|>ana", None, "", []),
+        (THOUGHT.removesuffix("<|start|>assistant"), "It rains.", "", []),
+        (THOUGHT, "It rains.", "", []),
+        (f"{THOUGHT}<|channel|>", "It rains.", "", []),
+        (f"{THOUGHT} to=functions.clo", "It rains.", "", []),
+        (f"{THOUGHT}<|channel|>final<|message|>Take a", "It rains.", "Take a", []),
+        # Without a header, as where the prompt has all of it, or the model leaves it out.
+        ("Take a coat.", None, "Take a coat.", []),
+        (f"Well.<|end|><|start|>assistant{TO_CLOCK}", None, "Well.", [CLOCK]),
+        (f"{THOUGHT.removesuffix('<|start|>assistant')}Take a coat.", "It rains.", "Take a coat.", []),
+        ("", None, "", []),
+    ],
+)
+def test_channels(text, reasoning, content, calls):
+    assert read(CHANNELS, text) == ChatAnswer(content, reasoning, tuple(calls))
+
+
+def test_channels_without_tools():
+    reader = ChatReader(CHANNELS)
+    assert reader.reads_calls
+    answer = reader.read("as a person reads it", f"{THOUGHT}{TO_WEATHER}", calls=False, in_thought=False)
+    assert answer == ChatAnswer('{"city": "Zürich"}', "It rains.", ())
+
+
+def test_a_prompt_may_begin_the_thought_of_a_model_with_channels():
+    reader = ChatReader(CHANNELS)
+    assert not reader.begins_in_thought("<|start|>assistant")
+    assert reader.begins_in_thought("<|start|>assistant<|channel|>analysis<|message|>")
+    text = "It rains.<|end|><|start|>assistant<|channel|>final<|message|>Take a coat."
+    assert read(CHANNELS, text, in_thought=True) == ChatAnswer("Take a coat.", "It rains.", ())
+    assert read(CHANNELS, "It ra", in_thought=True) == ChatAnswer("", "It ra", ())
+
+
+@pytest.mark.parametrize("kind", ["json", "regex", "tools"])
+def test_a_grammar_cannot_follow_channels(kind):
+    with pytest.raises(UnknownFormat, match="channels"):
+        ChatReader(CHANNELS).in_chat(Grammar(kind, "{}"), "<|start|>assistant")
+
+
+def test_a_thought_comes_back_under_the_name_that_the_template_has_for_it():
+    said = [{"role": "user", "content": "A coat?"}, {"role": "assistant", "content": "", "reasoning_content": "Hm."}]
+    renamed = [said[0], {"role": "assistant", "content": "", "thinking": "Hm."}]
+    for template, expected in (
+        (CHANNELS, said),
+        ("{{ message.thinking }}", renamed),
+        ("{{ message.thinking or message.reasoning_content }}", said),
+    ):
+        assert ChatReader(template).for_template(said) == expected
 
 
 # --- through a whole run

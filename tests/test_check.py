@@ -252,6 +252,16 @@ def test_limits_that_are_cut_are_warned_of(check, model_dir):
     }
 
 
+def test_calls_that_nobody_will_find_are_warned_of(check, here, model_dir):
+    (here / "template.jinja").write_text("{{ tools }}{{ messages[0].content }}")
+    tools = [{"type": "function", "function": {"name": "clock"}}]
+    lines = [{"messages": [{"role": "user", "content": "What time is it?"}], "tools": tools, "max_tokens": 1}] * 2
+    lines = [{"id": str(i), **line} for i, line in enumerate(lines)]
+    done = check(lines, "--json", "--model", str(model_dir()), "--chat-template", "template.jinja")
+    warnings = [(warning["code"], warning["count"]) for warning in json.loads(done.stdout)["warnings"]]
+    assert warnings == [("tool_calls_not_read", 2)]
+
+
 def test_a_model_in_the_configuration_file_counts(check, here, model_dir):
     (here / "own.toml").write_text(f"model = '{model_dir()}'\nlimit = 1\n")
     document = json.loads(check(SOUND, "--json", "--config", "own.toml").stdout)

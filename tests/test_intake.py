@@ -137,6 +137,47 @@ def test_a_template_that_refuses_a_chat_says_why_on_that_line(intake, tmp_path):
     assert "no odd words" in result.faults[0].message
 
 
+TOOLS = {"tools": [{"type": "function", "function": {"name": "clock"}}]}
+
+
+@pytest.mark.parametrize("field", [TOOLS, {"documents": [{"text": "a"}]}, {"reasoning_effort": "low"}])
+def test_what_the_template_would_lose_is_a_fault(intake, tmp_path, field):
+    [name] = field
+    lines = [chat("a", **field), chat("a", max_tokens=1)]
+    result, _ = intake(lines)
+    assert faults(result) == [(1, "unsupported_field")]
+    assert result.faults[0].param == name
+    assert f"{name} is not known" in result.faults[0].message
+    template = tmp_path / "template.jinja"
+    template.write_text(f"{{{{ {name} }}}}{{{{ messages[0].content }}}}")
+    assert faults(intake(lines, chat_template=str(template))[0]) == []
+
+
+def test_tools_that_are_not_to_be_called_are_none(intake):
+    result, _ = intake([chat("a", tool_choice="none", **TOOLS)])
+    assert faults(result) == []
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_calls_that_nobody_will_find_are_counted(intake, tmp_path, known):
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ tools }}{{ messages[0].content }}" + "{# <tool_call> #}" * known)
+    lines = [chat("a", **TOOLS), chat("b", **TOOLS, tool_choice="none"), chat("c"), {"prompt": "d"}]
+    result, _ = intake(lines, chat_template=str(template))
+    assert faults(result) == []
+    assert result.calls_not_read == (0 if known else 1)
+
+
+@pytest.mark.parametrize("name", ["thinking", "reasoning_content"])
+def test_thoughts_of_earlier_turns_reach_the_template(intake, tmp_path, name):
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for message in messages %}{{ message.content }}{{ message." + name + " }}{% endfor %}")
+    thought = {"role": "assistant", "content": "plum", "reasoning_content": "pear"}
+    lines = [{"messages": [{"role": "user", "content": "apple"}, thought], "max_tokens": 1}]
+    result, tokenizer = intake(lines, chat_template=str(template))
+    assert result.requests.tokens[0].tolist() == tokenizer.encode_batch(["appleplumpear"])[0]
+
+
 def test_limits_come_from_the_line_the_flag_or_the_api(intake):
     lines = [chat("a"), {"prompt": "a"}, chat("a", max_tokens=7), {"prompt": ["a", "a a"], "max_tokens": 100_000}]
     plain, _ = intake(lines)

@@ -700,7 +700,12 @@ def test_of_several_chat_templates_all_are_known(tmp_path):
     texts = {"default": "{{ messages[0].content }}", "tool_use": "<tool_call>{{ tools }}{{ messages[0].content }}"}
     settings["chat_template"] = [{"name": name, "template": text} for name, text in texts.items()]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    assert load_tokenizer(tmp_path).chat_template == "\n".join(texts.values())
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.chat_template == "\n".join(texts.values())
+    assert (tokenizer.template_for(tools=False), tokenizer.template_for(tools=True)) == tuple(texts.values())
+    template = tmp_path / "t.jinja"
+    template.write_text("{{ messages }}")
+    assert load_tokenizer(tmp_path, template).template_for(tools=True) == "{{ messages }}"
 
 
 def test_words_that_are_forbidden_are_so_at_the_beginning_and_behind_a_space():

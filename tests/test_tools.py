@@ -24,10 +24,13 @@ TEMPLATES = {
     "mistral": TOOLS + "{#- [TOOL_CALLS] #}" + MESSAGES,
     "mistral, later": TOOLS + "{#- [TOOL_CALLS] [ARGS] #}" + MESSAGES,
     "thinks": TOOLS + "{#- <tool_call> </think> #}" + MESSAGES + "{{ begin }}",
+    "channels": TOOLS + "{#- <|channel|> <|message|> #}" + MESSAGES,
     "unknown": TOOLS + MESSAGES,
 }
 MARKS = ["<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]"]
 THOUGHTS = ["<think>", "</think>"]
+CHANNEL_MARKS = ["<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|call|>", "<|return|>"]
+CHANNEL_WORDS = ["analysis", "commentary", "final", " to=functions.clock", "{}", "Hm.", "Noon."]
 VOCAB_SIZE = 400
 USER = {"role": "user", "content": "How is the weather in Bern?"}
 
@@ -195,6 +198,9 @@ def test_what_cannot_be_wanted_of_a_model_is_an_error_of_the_line(tool_model, tm
         {"id": "auto", "tools": ASKED, "max_tokens": 3},
     ]
     found = run(model, "unknown", tmp_path, lines)
+    [report] = tmp_path.glob("*.run/report.json")
+    warned = {warning["code"]: warning["count"] for warning in json.loads(report.read_bytes())["warnings"]}
+    assert warned["tool_calls_not_read"] == 1
     error = found["unknown"]["error"]
     assert (error["code"], error["param"]) == ("unsupported_field", "tool_choice")
     assert only_choice(found["auto"]).finish_reason == "length"
@@ -280,3 +286,88 @@ def test_an_answer_in_a_format_may_be_calls_instead(tool_model, tmp_path, templa
         else:
             Draft202012Validator(schema).validate(json.loads(choice.message.content))
     assert kinds == ({("-100", "stop"), ("100", "tool_calls")} if begins else {("0", "stop")})
+
+
+@pytest.fixture(scope="module")
+def channel_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose tokenizer has the marks of channels as special tokens, and what stands between them as others."""
+    from tokenizers import AddedToken, Tokenizer
+
+    path = make_model(tmp_path_factory.mktemp("channels") / "model", vocab_size=VOCAB_SIZE)
+    tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+    tokenizer.add_tokens([AddedToken(mark, special=True, normalized=False) for mark in CHANNEL_MARKS])
+    tokenizer.add_tokens([AddedToken(word, special=False, normalized=False) for word in CHANNEL_WORDS])
+    assert tokenizer.get_vocab_size() <= VOCAB_SIZE
+    tokenizer.save(str(path / "tokenizer.json"))
+    return path
+
+
+def test_answers_in_channels_are_taken_apart(channel_model, tmp_path):
+    """They are written a token at a time: of the tokens that are left, each counts by far the most at its turn."""
+
+    def said(*tokens: str, **more: Any) -> dict[str, Any]:
+        bias = {token_id(channel_model, token): 100 - 15 * place for place, token in enumerate(tokens)}
+        # A token that the answer has already has lost its bias.
+        how = {"temperature": 0, "repetition_penalty": 100, "max_tokens": len(tokens)}
+        return {**how, "logit_bias": bias, **more}
+
+    call = (" to=functions.clock", "<|channel|>", "commentary", "<|message|>", "{}", "<|call|>")
+    ends = {"stop_token_ids": [int(token_id(channel_model, "<|call|>"))]}
+    tools = {"tools": [function("clock")]}
+    lines = [
+        {"id": "call", **said(*call, **ends, **tools)},
+        {"id": "cut call", **said(*call[:4], **tools)},
+        {"id": "no tools", **said(*call, **ends)},
+        {"id": "final", **said("<|channel|>", "final", "<|message|>", "Noon.", "<|im_end|>")},
+        {"id": "thought", **said("<|channel|>", "analysis", "<|message|>", "Hm.", "<|end|>", "Noon.")},
+        {"id": "cut thought", **said("<|channel|>", "analysis", "<|message|>", "Hm.")},
+        {"id": "cut header", **said("<|channel|>", "analysis")},
+        {"id": "stopped", **said("<|channel|>", "final", "<|message|>", "Hm.", "Noon.", stop=["oon"])},
+        {"id": "kept back", **said("<|channel|>", "analysis", "<|message|>", "Hm.", include_reasoning=False)},
+        {"id": "as text", **said("<|channel|>", "final", "<|message|>", "Noon.", skip_special_tokens=False)},
+    ]
+    found = run(channel_model, "channels", tmp_path, lines)
+    read = {}
+    for name, body in found.items():
+        choice = only_choice(body)
+        calls = [(made.function.name, made.function.arguments) for made in choice.message.tool_calls or []]
+        reasoning = body["choices"][0]["message"].get("reasoning_content")
+        read[name] = (choice.finish_reason, choice.message.content, reasoning, calls)
+    assert read == {
+        "call": ("tool_calls", None, None, [("clock", "{}")]),
+        "cut call": ("length", "", None, []),
+        "no tools": ("stop", "{}", None, []),
+        "final": ("stop", "Noon.", None, []),
+        "thought": ("length", "Noon.", "Hm.", []),
+        "cut thought": ("length", "", "Hm.", []),
+        "cut header": ("length", "", None, []),
+        "stopped": ("stop", "Hm.N", None, []),
+        "kept back": ("length", "", None, []),
+        "as text": ("length", "Noon.", None, []),
+    }
+
+
+def test_a_grammar_is_refused_where_answers_are_in_channels(channel_model, tmp_path):
+    schema = {"type": "json_schema", "json_schema": {"name": "any", "schema": {"type": "object"}}}
+    named = {"type": "function", "function": {"name": "clock"}}
+    refused = {
+        "response_format": {"response_format": schema},
+        "response_format and auto": {"response_format": schema, "tools": ASKED},
+        "structured_outputs": {"structured_outputs": {"regex": "a"}},
+        "tool_choice required": {"tools": ASKED, "tool_choice": "required"},
+        "tool_choice named": {"tools": ASKED, "tool_choice": named},
+    }
+    lines = [{"id": name, "max_tokens": 3, **fields} for name, fields in refused.items()]
+    free = [
+        {"id": "auto", "max_tokens": 3, "tools": ASKED},
+        {"id": "text", "max_tokens": 3, "response_format": {"type": "text"}},
+    ]
+    found = run(channel_model, "channels", tmp_path, lines + free)
+    for name in refused:
+        error = found[name]["error"]
+        assert (error["code"], error["param"]) == ("unsupported_field", name.split()[0])
+        assert "channels" in error["message"]
+    assert {only_choice(found[line["id"]]).finish_reason for line in free} <= {"length", "stop", "tool_calls"}
+    [report] = tmp_path.glob("*.run/report.json")
+    codes = {warning["code"] for warning in json.loads(report.read_bytes())["warnings"]}
+    assert "tool_calls_not_read" not in codes

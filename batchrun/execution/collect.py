@@ -99,23 +99,23 @@ class LineCollector:
 
     def _taken_apart(self, finished: Finished, result: Result) -> Result:
         """The answer of a chat, with what is no text of it apart."""
-        requests, decode = self._requests, self._tokenizer.decode
+        requests, reader, decode = self._requests, self._reader, self._tokenizer.decode
         sampling = requests.sampling[requests.sampling_id[finished.request]]
         choice = sampling.tool_choice
-        if choice is None and not self._reader.thinks:
+        if choice is None and not reader.thinks:
             return result
-        whole = None
-        if choice is not None:
+        whole = result.text
+        if choice is not None or reader.channels:
             ids = (finished.token_ids[:-1] if finished.ended else finished.token_ids).tolist()
             whole = decode(ids, skip_special_tokens=False, continues=sampling.continues)
             if result.finish_reason is FinishReason.STOP and not finished.ended:  # by a stop string
                 uncut = decode(ids, skip_special_tokens=sampling.skip_special_tokens, continues=sampling.continues)
                 whole = whole[: len(whole) - (len(uncut) - len(result.text))]
         in_thought = False
-        if self._reader.thinks:
+        if reader.thinks:
             end = requests.tokens[finished.request][-_PROMPT_END:]
-            in_thought = self._reader.begins_in_thought(decode(end.tolist(), skip_special_tokens=False))
-        read = self._reader.read(result.text, whole, in_thought=in_thought)
+            in_thought = reader.begins_in_thought(decode(end.tolist(), skip_special_tokens=False))
+        read = reader.read(result.text, whole, calls=choice is not None, in_thought=in_thought)
         calls = read.tool_calls if sampling.parallel_tool_calls else read.tool_calls[:1]
         reason = result.finish_reason
         if calls and reason is FinishReason.STOP and choice is not ToolChoice.NAMED:  # as at OpenAI's

@@ -331,7 +331,7 @@ def test_all_that_a_plan_keeps_can_run_to_its_limit_however_small_the_pool(
     prompts = [requests.tokens[row].tolist() for row in range(count)]
     defaulted = np.array(data.draw(st.lists(st.booleans(), min_size=count, max_size=count)))
     before = requests.max_new_tokens.copy()
-    intake = Intake(requests, defaulted, faults=[], silent=0, clipped=0)
+    intake = Intake(requests, defaulted, faults=[], silent=0, clipped=0, calls_not_read=0)
     options = PlanOptions("dfs", "tree", step_tokens=8, first_guess=first_guess)
     fitting = plan_what_fits(intake, COST, budget(pages, page_size), options)
     kept, answers, faults = fitting.requests, fitting.answers, fitting.faults
