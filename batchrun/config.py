@@ -247,7 +247,7 @@ class SchedulerConfig(_Section):
     )
     page_size: Count | None = Field(
         default=None,
-        description="Tokens of a KV page, the unit of KV allocation, on a GPU 16, 32, 64 or 128; the device's figure "
+        description="Tokens of a KV page, the unit of KV allocation, on a GPU 16, 32 or 64; the device's figure "
         "if unset.",
     )
     expected_tokens: Count | None = Field(

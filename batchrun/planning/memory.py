@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from batchrun.errors import UsageError
 from batchrun.specs import DeviceSpec, ModelSpec
 
-GPU_PAGE_SIZES = (16, 32, 64, 128)  # a tile of KV is a page there
+GPU_PAGE_SIZES = (16, 32, 64)  # a tile of KV is a page there
 
 
 @dataclass(frozen=True, slots=True)
