@@ -214,10 +214,9 @@ def run(
         )  # fmt: skip
         with _Terminal(quiet=quiet) as terminal:
             outcome = run_job(job, settings, terminal)
-        if outcome.already_done and not quiet and not json:
-            where = printable(str(outcome.run_dir), limit=4096)
-            _console().print(f"This run is finished already; {where} has its results.", soft_wrap=True)
-        _end(outcome, quiet, json, settings.output.results)
+        where = printable(str(outcome.run_dir), limit=4096)
+        said = f"This run is finished already; {where} has its results." if outcome.already_done else None
+        _end(outcome, quiet, json, settings.output.results, said=said)
 
 
 @app.command()
@@ -452,10 +451,8 @@ def close(
         from batchrun.close import close_run
 
         outcome = close_run(run_dir, expired=expired, job=job)
-        if not quiet and not json:
-            was = "is finished already" if outcome.already_done else "is closed"
-            _console().print(f"This run {was}; `batchrun retry` runs lines that failed again.", soft_wrap=True)
-        _end(outcome, quiet, json)
+        was = "is finished already" if outcome.already_done else "is closed"
+        _end(outcome, quiet, json, said=f"This run {was}; `batchrun retry` runs lines that failed again.")
 
 
 @app.command()
@@ -609,8 +606,10 @@ def bench(
             print_bench(_console(), measured)
 
 
-def _end(outcome: Outcome, quiet: bool, json: bool, results: str | None = None) -> NoReturn:
-    """Show what a run came to, and exit with its code."""
+def _end(
+    outcome: Outcome, quiet: bool, json: bool, results: str | None = None, *, said: str | None = None
+) -> NoReturn:
+    """Show what a run came to, and exit with its code. `said`: a line before it."""
     from batchrun.formats.results import encode_json
     from batchrun.formats.rundir import document
     from batchrun.report.tables import print_summary
@@ -619,7 +618,10 @@ def _end(outcome: Outcome, quiet: bool, json: bool, results: str | None = None) 
         if json:
             _write(encode_json(document(outcome.report), indent=True))
         elif not quiet:
-            print_summary(_console(kind=_Status), outcome.report, outcome.run_dir, results)
+            console = _console(kind=_Status)
+            if said is not None:
+                console.print(said, soft_wrap=True)
+            print_summary(console, outcome.report, outcome.run_dir, results)
             sys.stdout.flush()
     except OSError as error:  # nobody reads it, or the disk behind it is full: the run is what it is
         with suppress(OSError):

@@ -251,7 +251,7 @@ def plan_job(job: str, config: RunConfig, *, explain_line: str | None = None, do
         raise UsageError("A plan reads the job twice, so it cannot come from standard input.", hint="Give a file.")
     subject = Subject.resolve(config, weights=False)
     with ExitStack() as stack:
-        opened = open_to_read(job, config.input, stack)
+        opened = open_to_read(job, config.input, stack, out=config.out)
         source = opened.job
         lint = lint_job(source, config.limit)
         _refuse_unrunnable(lint.faults, lint.total, config)

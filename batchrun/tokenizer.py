@@ -8,6 +8,7 @@ import re
 import sys
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import chain, groupby, pairwise
 from os.path import commonprefix
 from pathlib import Path
@@ -37,7 +38,6 @@ class Tokenizer:
     Attributes:
         vocab_size: number of token ids, added tokens included.
         has_chat_template: whether chats can be encoded.
-        word: token ids of some word, to decode others behind it; none where the vocabulary has no token for it.
     """
 
     def __init__(self, fast: Any) -> None:
@@ -48,9 +48,6 @@ class Tokenizer:
         self.vocab_size: int = len(fast)
         self.has_chat_template: bool = fast.chat_template is not None
         self._special = frozenset(id for id, token in fast.added_tokens_decoder.items() if token.special)
-        word = self._backend.encode("a", add_special_tokens=False).ids
-        self.word = [id for id in word if id not in self._special]
-        self._word_text = self._backend.decode(self.word)
         self._tokens: dict[int, TokenText] = {}
         self._vocabulary: list[bytes] | None = None
         self._bytes = frozenset[int]()
@@ -174,6 +171,16 @@ class Tokenizer:
             return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
         whole = self._backend.decode([*self.word, *ids], skip_special_tokens=skip_special_tokens)
         return whole[len(self._word_text) :]
+
+    @cached_property
+    def word(self) -> list[int]:
+        """Token ids of some word, to decode others behind it; none where the vocabulary has no token for it."""
+        ids = self._backend.encode("a", add_special_tokens=False).ids
+        return [id for id in ids if id not in self._special]
+
+    @cached_property
+    def _word_text(self) -> str:
+        return self._backend.decode(self.word)
 
     def eos_token_ids(self, generation_config: Mapping[str, Any]) -> frozenset[int]:
         """Every id that ends a text: those of the model's `generation_config.json` and the tokenizer's own."""

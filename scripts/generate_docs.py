@@ -55,7 +55,8 @@ EXIT_CODES = {
     ExitCode.INTERNAL: "internal failure",
     ExitCode.USAGE: "a flag, a setting or an input is wrong, or the model is missing or refused",
     ExitCode.SOME_FAILED: "finished, and some lines failed, bad lines included; `diff`: some lines differ",
-    ExitCode.NOTHING_RUNNABLE: "no line has an answer: an empty job, every line bad or failed, or a bad line under `--strict`",
+    ExitCode.NOTHING_RUNNABLE: "no line has an answer: an empty job, every line bad or failed, or a bad line under "
+    "`--strict`",
     ExitCode.OUTPUT: "output cannot be written (disk full, permissions); the same command goes on",
     ExitCode.STOPPED: "stopped early; the same command goes on",
     ExitCode.RUN_DIR: "the run directory is in use, or it belongs to another run",
@@ -188,7 +189,8 @@ MEANINGS = {
     "n": "Answers to each prompt; the choices of the first prompt come first.",
     "logit_bias": "Added to the logits of tokens.",
     "bad_words": "Texts that the answer must not have, as tokens at the start of a text and behind a space.",
-    "truncate_prompt_tokens": "Only the last so many tokens of the prompt count; -1: as many as leave room for one of the answer, which is cut then.",
+    "truncate_prompt_tokens": "Only the last so many tokens of the prompt count; -1: as many as leave room for one of "
+    "the answer, which is cut then.",
     "logprobs": "In a chat true or false, in a completion the number of alternatives: log-probabilities of the "
     "answer's tokens by the model's own distribution, before penalties, temperature and whatever cuts it.",
     "tools": "Functions that the model may call: the chat template gets them, and calls in the answer become "

@@ -50,7 +50,7 @@ def main() -> None:
         print(table({"sections": {last: document["sections"][last]}}), flush=True)
 
     if args.out is not None:
-        args.out.touch()  # a place that cannot be written is told now
+        args.out.write_text("{}\n", encoding="utf-8")  # a place that cannot be written is told now
     document = run_all(
         args.only, minutes=args.minutes, tiny=args.tiny, scale=args.scale, workers=args.workers, report=report
     )

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -98,8 +97,7 @@ def test_a_terminal_that_is_gone_ends_no_run(tmp_path, model_dir):
 def test_where_nobody_gets_the_summary_the_run_is_what_it_is(gone, flags, tmp_path, model_dir):
     """As with `| head -3`, or `>> log` on a disk that is full."""
     write_job(tmp_path / "jobs.jsonl", [{"prompt": "one", "max_tokens": 2}])
-    with ExitStack() as stack:
-        full = stack.enter_context(Path("/dev/full").open("w"))
+    with Path("/dev/full").open("w") as full:
         process = batchrun_process(
             tmp_path, "run", "jobs.jsonl", "--model", str(model_dir()), *flags, **({} if gone else {"stdout": full})
         )

@@ -233,7 +233,7 @@ def test_one_call_where_calls_are_not_to_be_parallel(tool_model, tmp_path):
 
 def test_calls_before_a_stop_string_are_read(tool_model, tmp_path):
     """Though the special token that marks them is no part of the text that the stop string is looked for in."""
-    how = {"tools": ASKED, "tool_choice": "required", "parallel_tool_calls": False, "max_tokens": 250}
+    how = {"tools": [function("clock")], "tool_choice": "required", "parallel_tool_calls": False, "max_tokens": 250}
     how |= {"stop": ["}]"], "temperature": 1, "seed": 1}
     lines = [{"id": "kept", **how, "include_stop_str_in_output": True}, {"id": "cut", **how}]
     found = run(tool_model(True), "mistral", tmp_path, lines)

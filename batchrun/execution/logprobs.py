@@ -47,7 +47,7 @@ class LogprobTable:
         self._alternatives, self._sampling_id = wanted, requests.sampling_id
         self._row_of = np.full(len(requests) if (wanted >= 0).any() else 0, _NEW, dtype=np.int64)
         self._rows, self._pages = _Numbers(), _Numbers()
-        self._page_of = np.full((1, 1), -1, dtype=np.int64)  # by row of an answer and page within it; -1: none yet
+        self._page_of = np.zeros((1, 1), dtype=np.int64)  # by row of an answer and page within it, plus 1; 0: none yet
         width = max(int(wanted.max(initial=-1)), 0)
         # By page and token within it.
         self._sampled = np.empty((0, _PAGE), dtype=np.float32)
@@ -65,12 +65,12 @@ class LogprobTable:
         new = requests[self._row_of[requests] == _NEW]
         self._row_of[new] = self._rows.take(new.size)
         rows, (nth_page, place), width = self._row_of[requests], np.divmod(nth, _PAGE), found.top_ids.shape[1]
-        self._page_of = _grown(self._page_of, (self._rows.room, int(nth_page.max(initial=0)) + 1), -1)
-        begun = self._page_of[rows, nth_page] < 0
-        self._page_of[rows[begun], nth_page[begun]] = self._pages.take(int(begun.sum()))
+        self._page_of = _grown(self._page_of, (self._rows.room, int(nth_page.max(initial=0)) + 1))
+        new_page = self._page_of[rows, nth_page] == 0
+        self._page_of[rows[new_page], nth_page[new_page]] = self._pages.take(int(new_page.sum())) + 1
         for name in ("_sampled", "_top_ids", "_top"):
-            setattr(self, name, _grown(getattr(self, name), (self._pages.room, _PAGE), 0))
-        page = self._page_of[rows, nth_page]
+            setattr(self, name, _grown(getattr(self, name), (self._pages.room, _PAGE)))
+        page = self._page_of[rows, nth_page] - 1
         self._sampled[page, place] = found.sampled[there]
         self._top_ids[page, place, :width] = found.top_ids[there]
         self._top[page, place, :width] = found.top[there]
@@ -81,7 +81,7 @@ class LogprobTable:
         if alternatives < 0:
             return None
         nth_page, place = np.divmod(np.arange(tokens), _PAGE)
-        page = self._page_of[self._row_of[request], nth_page]
+        page = self._page_of[self._row_of[request], nth_page] - 1
         self.forget(request)
         return Logprobs(
             self._sampled[page, place],
@@ -96,21 +96,20 @@ class LogprobTable:
         row = self._row_of[request]
         if row >= 0:
             pages = self._page_of[row]
-            self._pages.give_back(pages[pages >= 0])
-            self._page_of[row] = -1
+            self._pages.give_back(pages[pages > 0] - 1)
+            self._page_of[row] = 0
             self._rows.give_back(row[None])
         self._row_of[request] = _GONE
 
 
-def _grown(table: npt.NDArray[Any], room: tuple[int, int], fill: int) -> npt.NDArray[Any]:
-    """A table with room for so much in its first two dimensions; twice as much as there was, where that is not enough."""
+def _grown(table: npt.NDArray[Any], room: tuple[int, int]) -> npt.NDArray[Any]:
+    """A table with room for so much in its first two dimensions: where there is not enough, for twice as much as before
+    at least."""
     there = table.shape[:2]
     if room[0] <= there[0] and room[1] <= there[1]:
         return table
-    room = tuple(max(wanted, 2 * has) if wanted > has else has for wanted, has in zip(room, there, strict=True))
-    grown = np.zeros((*room, *table.shape[2:]), dtype=table.dtype)  # which takes no memory before it is written to
-    if fill:
-        grown.fill(fill)
+    size = [max(wanted, 2 * has) if wanted > has else has for wanted, has in zip(room, there, strict=True)]
+    grown = np.zeros((*size, *table.shape[2:]), dtype=table.dtype)  # which takes no memory before it is written to
     grown[: there[0], : there[1]] = table
     return grown
 

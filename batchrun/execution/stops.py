@@ -62,7 +62,7 @@ class TextStops:
             watched = self._watched.get(request)
             if watched is None:
                 sampling = self._requests.sampling[self._requests.sampling_id[request]]
-                watched = _Watched(self._tokenizer, sampling, self._continues(request, sampling))
+                watched = _Watched(self._tokenizer, sampling, self.continues(request))
                 self._watched[request] = watched
             stopped[row] = watched.push(int(token_ids[row]))
         return stopped
@@ -77,7 +77,7 @@ class TextStops:
             text, by_text = watched.end()
         else:
             ids = finished.token_ids[:-1] if finished.ended else finished.token_ids
-            continues = self._continues(finished.request, sampling)
+            continues = self.continues(finished.request)
             text = self._tokenizer.decode(ids.tolist(), skip_special_tokens=skip, continues=continues)
             by_text = False
         if sampling.echo:
@@ -85,8 +85,9 @@ class TextStops:
             text = self._tokenizer.decode(prompt, skip_special_tokens=skip) + text
         return text, by_text
 
-    def _continues(self, request: int, sampling: SamplingParams) -> bool:
+    def continues(self, request: int) -> bool:
         """Whether there is text that an answer goes on from."""
+        sampling = self._requests.sampling[self._requests.sampling_id[request]]
         if not sampling.continues:
             return False
         skip, backwards = sampling.skip_special_tokens, self._requests.tokens[request][::-1]

@@ -128,15 +128,19 @@ def open_to_run(
     return brought.bring(_spool_folder(out, stack), stop), out
 
 
-def open_to_read(job: str, config: InputConfig, stack: ExitStack) -> Opened:
+def open_to_read(job: str, config: InputConfig, stack: ExitStack, *, out: Path | None = None) -> Opened:
     """The job, for a command that writes nothing: what has to be brought lies in a temporary folder, until `stack`
-    ends. Raises as `open_to_run`."""
+    ends. Raises as `open_to_run`.
+
+    Args:
+        out: the run directory that was named, if any: its files are no part of the job.
+    """
     if job != "-" and (source := _in_place(job, config)) is not None:
         return Opened(source, str(source.path.absolute()))
     folder = Path(stack.enter_context(TemporaryDirectory(prefix="batchrun-")))
     if job == "-":
         return _from_stdin(folder, config)
-    return _Bringing(job, config, columns=False, out=folder).bring(folder, lambda: False)
+    return _Bringing(job, config, columns=False, out=out or folder).bring(folder, lambda: False)
 
 
 def _from_stdin(folder: Path, config: InputConfig) -> Opened:
@@ -267,7 +271,14 @@ class _Bringing:
             self.fault = error
 
     def _look(self) -> None:
-        self.files = find(self.job, self._is_other)
+        own = own_files(self._out) if (self._out / RUN).is_file() else frozenset()
+        spool = os.path.join(os.path.realpath(self._out), _SPOOL)  # noqa: PTH118
+
+        def is_other(path: str) -> bool:
+            real = os.path.realpath(path)
+            return real not in own and not real.startswith(spool)
+
+        self.files = find(self.job, is_other)
         kind = self.files[0].kind
         if kind == "jsonl" and _are_rows(self.config):
             kind = "json rows"
@@ -275,13 +286,6 @@ class _Bringing:
             _refuse_columns(self.config, self.job)
         shards = tuple(Shard(file.name, file.size, file.version) for file in self.files)
         self.source = dataclasses.replace(self.source, kind=kind, files=shards)
-
-    def _is_other(self, path: str) -> bool:
-        """Whether a local file is none that a run has put into the run directory."""
-        own = own_files(self._out) if (self._out / RUN).is_file() else frozenset()
-        spool = os.path.join(os.path.realpath(self._out), _SPOOL)  # noqa: PTH118
-        real = os.path.realpath(path)
-        return real not in own and not real.startswith(spool)
 
     @property
     def joins(self) -> bool:

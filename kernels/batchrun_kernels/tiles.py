@@ -80,8 +80,8 @@ def compile_options(arch: str, warps: int, *, deterministic: bool = False) -> di
     """What triton is asked for when it compiles the attention kernel for programs of `warps` warps.
 
     Whether a KV tile is masked is up to the other rows of its item. Without a mask the product with the scale and the
-    difference from the peak can become one operation, which rounds once, and with one they cannot: `deterministic` rounds
-    both ways alike.
+    difference from the peak can become one operation, which rounds once, and with one they cannot: `deterministic`
+    rounds both ways alike.
     """
     options = {"num_warps": warps, "enable_fp_fusion": not deterministic}
     # All registers that a thread can have: on its own, ptxas spills some so that more programs fit.

@@ -8,6 +8,7 @@ import random
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from itertools import product
 from multiprocessing import get_context
@@ -42,6 +43,7 @@ class Case:
         group: query heads per KV head.
         window, softcap, sinks: features of a layer.
         offs: for each step, by how many tokens its prefixes end after the end of a page.
+        rules: how steps are cut, by the names of `RULES`.
     """
 
     group: int
@@ -52,6 +54,7 @@ class Case:
     softcap: float | None
     sinks: bool
     offs: tuple[int, ...] = (-1, 0, 1)
+    rules: tuple[str, ...] = tuple(RULES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +85,11 @@ def cases(tiny: bool) -> list[Case]:
     shapes = list(product((1, 2, 4, 7, 8), (64, 80, 96, 128, 192, 256), (16, 32, 64), TOLERANCE))
     chance = random.Random(0)
     chance.shuffle(shapes)
-    return [Case(*shape, *features[nth % len(features)]) for nth, shape in enumerate(shapes)]
+    usual = tuple(name for name in RULES if name != "deterministic")  # which is another kernel to compile
+    return [
+        Case(*shape, *features[nth % len(features)], rules=usual if nth % 3 else tuple(RULES))
+        for nth, shape in enumerate(shapes)
+    ]
 
 
 def forest(page_size: int, off: int, *, small: bool = False) -> list[Node]:
@@ -143,7 +150,7 @@ def _check_step(case: Case, step: ForestStep, device: str) -> list[torch.Tensor]
         sinks=sinks,
     )
     errors = []
-    for rules in RULES.values():
+    for rules in map(RULES.__getitem__, case.rules):
         deterministic = rules.get("deterministic", False)
         attention = SharedPrefixAttention(
             heads=heads,
@@ -184,7 +191,7 @@ def _check_alone(columns: Columns, query: torch.Tensor, out: torch.Tensor, atten
     for chunk in range(0, len(first), 3):
         rows = slice(int(first[chunk]), int(first[chunk] + columns.length[chunk]))
         alone = attend(of_one_chunk(columns, chunk), query[rows])
-        if not (torch.equal(alone, out[rows]) if exactly else torch.allclose(alone, out[rows], atol=1e-2)):
+        if not (torch.equal(alone, out[rows]) if exactly else torch.allclose(alone, out[rows], rtol=1e-2, atol=1e-2)):
             raise AssertionError(f"deterministic: chunk {chunk} differs when it is alone")
 
 
@@ -220,15 +227,22 @@ def outcomes(asked: Sequence[Case], setting: Setting) -> Iterator[Outcome]:
             if found.lost:
                 return
     waiting = deque(asked if setting.workers else ())
-    while waiting and (len(waiting) == len(asked) or setting.seconds_left()):
+
+    def more() -> bool:
+        return bool(waiting) and (len(waiting) == len(asked) or setting.seconds_left() > 0)
+
+    while more():
         sound = True
         running: dict[Future[Outcome], Case] = {}
         with ProcessPoolExecutor(setting.workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-            while running or (sound and waiting and (len(waiting) == len(asked) or setting.seconds_left())):
+            while running or (sound and more()):
                 # No more than there are processes: what waits in a pool cannot be taken back when time is up.
-                while waiting and sound and len(running) < setting.workers:
-                    case = waiting.popleft()
-                    running[pool.submit(outcome, case, setting)] = case
+                while sound and more() and len(running) < setting.workers:
+                    try:
+                        running[pool.submit(outcome, waiting[0], setting)] = waiting[0]
+                        waiting.popleft()
+                    except BrokenProcessPool:  # since it was looked at
+                        sound = False
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     case, died = running.pop(future), future.exception()  # of its process, or of one beside it
                     found = Outcome(case, float("nan"), repr(died), lost=True) if died else future.result()

@@ -125,14 +125,12 @@ def run(setting: Setting) -> Iterator[Result]:
 
     def share_of_time(one: tuple[str, int | None]) -> Result:
         nonlocal left
+        gc.collect()  # of the shape before, which may have failed: this one needs its memory
+        if not setting.tiny:
+            torch.cuda.empty_cache()
         end = time.monotonic() + setting.seconds_left() / left
         left -= 1
-        try:
-            return run_shape(one[0], {**TINY_SHAPES, **SHAPES}[one[0]], one[1], replace(setting, end=end))
-        finally:
-            gc.collect()  # what a module holds of itself goes before the next one needs its memory
-            if not setting.tiny:
-                torch.cuda.empty_cache()
+        return run_shape(one[0], {**TINY_SHAPES, **SHAPES}[one[0]], one[1], replace(setting, end=end))
 
     for (name, _), row, failed in setting.try_each(asked, share_of_time):
         if row is None:

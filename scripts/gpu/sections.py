@@ -83,7 +83,7 @@ def run_section(
             env={**os.environ, **interpret, **(environment or {})},
             stdout=sys.stderr,
             start_new_session=True,
-            preexec_fn=_end_with_parent,
+            preexec_fn=_end_with_parent,  # noqa: PLW1509  this process has no other thread
         )
         error = ""
         try:
@@ -102,7 +102,7 @@ def run_section(
 
 
 def _end_with_parent() -> None:
-    """Of a process that is begun: it has a session of its own, and would keep the GPU when this one is killed."""
+    """Of a process that is begun: it has a session of its own, and would go on with the GPU when this one is killed."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 

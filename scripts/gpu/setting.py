@@ -44,7 +44,6 @@ class Setting:
                 return
             yield case
 
-
     def try_each(self, cases: Iterable[T], call: Callable[[T], R]) -> Iterator[tuple[T, R | None, str]]:
         """Cases until time is up, what the call gives for each, and how it failed, if it did: the others are wanted all
         the same, as long as the device answers."""

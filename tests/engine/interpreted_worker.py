@@ -96,6 +96,7 @@ def answers(
     )
     assert worker._kv_cache is not None
     pool = weakref.ref(worker._kv_cache.keys[0].untyped_storage())
+    gc.collect()  # what Triton's interpreter leaves holds the pools too
     gc.disable()  # which runs rarely where a model is loaded
     try:
         worker.close()

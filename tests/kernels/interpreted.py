@@ -304,8 +304,8 @@ class TestDeterministic:
             for cuts, before, after in (([0, 1, 40, 70], 3, 2), ([0, 33, 69, 70], 0, 9)):
                 parts = [rows(a, b, before, after, w) for a, b in pairwise(cuts)]
                 assert torch.equal(torch.cat(parts), whole)
-        # Otherwise they do.
-        assert not torch.equal(rows(60, 70, 0, 0, None, False), rows(60, 70, 0, 60, None, False))
+        if prefix:  # otherwise they do: it is read along by one chunk, and apart for many
+            assert not torch.equal(rows(60, 70, 0, 0, None, False), rows(60, 70, 0, 60, None, False))
 
 
 class TestMerge:
