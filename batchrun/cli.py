@@ -383,7 +383,11 @@ def retry(
         typer.Option("--finish-reason", metavar="length", help="Lines with an answer that its token limit cut short."),
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option("--max-tokens", help="Token limit of the lines that are taken, over their own.")
+        int | None,
+        typer.Option(
+            "--max-tokens",
+            help="Token limit of the lines that are taken, over their own; less where KV memory ends before.",
+        ),
     ] = None,
     request_timeout: RequestTimeout = None,
     kv_memory: KvMemory = None,
