@@ -610,9 +610,7 @@ def bench(
             print_bench(_console(), measured)
 
 
-def _end(
-    outcome: Outcome, quiet: bool, json: bool, results: str | None = None, *, said: str | None = None
-) -> NoReturn:
+def _end(outcome: Outcome, quiet: bool, json: bool, results: str | None = None, *, said: str | None = None) -> NoReturn:
     """Show what a run came to, and exit with its code. `said`: a line before it."""
     from batchrun.formats.results import encode_json
     from batchrun.formats.rundir import document

@@ -62,7 +62,7 @@ def test_one_long_answer_takes_no_memory_for_the_others():
     """The others end one by one, and new ones take their places."""
     count, long = 600, 800
     table = make_table(count)
-    under_way = {0: 0} | {r: 0 for r in range(1, 20)}
+    under_way = dict.fromkeys(range(20), 0)
     waiting = iter(range(20, count))
     for _ in range(long):
         requests, sampled = list(under_way), list(under_way.values())
