@@ -21,7 +21,7 @@ from scripts.bench.peers.environments import RECIPES, Unavailable, python_of
 from scripts.bench.peers.floor import floor_of, physical_tokens
 from scripts.bench.peers.forms import SHAPE, Forms, kv_bytes
 from scripts.bench.peers.measure import RunFailed, measure
-from scripts.bench.peers.registry import FLOOR, OURS, REFERENCE, SORTED, Peer
+from scripts.bench.peers.registry import FLOOR, ON_PREFIXES, OURS, PADDED, SORTED, Peer
 from scripts.bench.peers.schedule import Turn
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -151,16 +151,19 @@ class Bench:
     def reference(self, name: str) -> list[list[int]] | None:
         """transformers' answers in float32, computed once, not timed, and kept; None where it fails to give them."""
         requests = self.requests(name)
-        model = self.forms.path(REFERENCE.form, "float32")
+        model = self.forms.path(PADDED.form, "float32")
         tag = hashlib.sha256(json.dumps(requests).encode()).hexdigest()[:12]
         file = self.cache / "references" / f"{model.parent.name}-{name}-{tag}.json"
         if not file.exists():
             prompts, outputs = map(list, zip(*requests, strict=True))
+            # Whichever takes less time: padded, all prompts are computed whole; else few answers at a time.
+            shared = 4 * physical_tokens(prompts) <= sum(map(len, prompts))
+            peer = ON_PREFIXES if shared else PADDED
             job = Job(str(model), "float32", self.threads, prompts, outputs, None, "")
             if name in self.unanswered:
                 return None
             try:
-                made = measure(self.python(REFERENCE), REFERENCE.adapter, job, 3600, self.variables(REFERENCE))
+                made = measure(self.python(peer), peer.adapter, job, 3600, self.variables(peer))
             except RunFailed as error:  # once is enough, and the times of the others count without it
                 self.unanswered.add(name)
                 print(f"\nno answers to compare with: {error}", flush=True)

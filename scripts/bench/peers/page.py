@@ -215,7 +215,7 @@ def facts(document: Document) -> dict[str, str]:
         "Times": "generation: from the first request given to the last token got; for batchrun, planning and running. "
         "Whole process: with start, imports, load, and for batchrun reading the job and writing results",
         "Memory": "the most that the processes of a run held together, by the kernel's marks",
-        "Answers": "compared with those of transformers' padded `generate` in float32, token for token; in bfloat16 no "
+        "Answers": "compared with those of transformers' `generate` in float32, token for token; in bfloat16 no "
         "two engines agree, so they are not compared",
     }
 

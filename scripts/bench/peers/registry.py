@@ -103,4 +103,5 @@ PEERS = (
     ),
 )
 FLOOR = Peer("floor", "floor.py", "hf", "", rank=0, sorts=True)
-REFERENCE = next(peer for peer in PEERS if peer.name == "transformers")
+# Whose answers are the right ones: padded, or on the caches of prefixes, which are the same.
+PADDED, ON_PREFIXES = (next(peer for peer in PEERS if peer.name == f"transformers{way}") for way in ("", "-prefix"))
