@@ -175,7 +175,10 @@ class Tokenizer:
     @cached_property
     def word(self) -> list[int]:
         """Token ids of some word, to decode others behind it; none where the vocabulary has no token for it."""
-        ids = self._backend.encode("a", add_special_tokens=False).ids
+        try:
+            ids = self._backend.encode("a", add_special_tokens=False).ids
+        except Exception:  # it has no token for what it does not know either
+            return []
         return [id for id in ids if id not in self._special]
 
     @cached_property

@@ -712,3 +712,13 @@ def test_words_that_are_forbidden_are_so_at_the_beginning_and_behind_a_space():
     tokenizer = ours("byte_level")
     assert tokenizer.encode_words([" one"]) == tokenizer.encode_words(["one"])
     assert len(tokenizer.encode_words([" one"])) == 2
+
+
+def test_a_vocabulary_without_letters_has_texts_all_the_same():
+    """As one that is made for token ids alone."""
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.WordLevel({"<0>": 0, "<1>": 1}))
+    tokenizer = BatchrunTokenizer(PreTrainedTokenizerFast(tokenizer_object=made))
+    assert tokenizer.decode([1, 0]) == tokenizer.decode([1, 0], continues=True) == "<1> <0>"
+    assert tokenizer.token(1).text == "<1>"
